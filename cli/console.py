@@ -1,0 +1,196 @@
+"""Where a command's words go: one result to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
+
+PLAIN_INTERVAL_S = 5.0
+"""Between two progress lines of one stage, where stderr is no terminal."""
+
+
+class Console:
+    """One command's output. While it is open, whatever a library prints to stdout goes to stderr instead."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        """Say less (``quiet``), more (``verbose``), or put one JSON object on stdout (``as_json``)."""
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self._stdout: IO[str] = sys.stdout
+        self._bar: Any = None
+        self._task: Any = None
+        self._stage, self._said_s = "", 0.0
+        self._handler: logging.Handler | None = None
+
+    def __enter__(self) -> Console:
+        """Send stdout to stderr and calm the libraries down."""
+        self._stdout, sys.stdout = sys.stdout, sys.stderr
+        if not self.verbose:
+            for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+                os.environ.setdefault(name, "error")
+            for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+                os.environ.setdefault(name, "1")
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"modmoe\b")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logger = logging.getLogger("modmoe")
+        self._handler = logging.StreamHandler(sys.stderr)
+        self._handler.setFormatter(logging.Formatter("modmoe: %(message)s"))
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put stdout back."""
+        self._end_bar()
+        sys.stdout = self._stdout
+        if self._handler is not None:
+            logging.getLogger("modmoe").removeHandler(self._handler)
+
+    def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
+        """Say what a step is doing: a bar on a terminal, otherwise a line, at most one every few seconds a stage."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(message, done, total)
+            return
+        now_s = time.monotonic()
+        is_end = done is not None and done == total
+        if message == self._stage and not is_end and now_s - self._said_s < PLAIN_INTERVAL_S:
+            return
+        self._stage, self._said_s = message, now_s
+        count = f" {done}/{total}" if done is not None and total is not None else ""
+        print(f"modmoe: {message}{count}", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print one line to stderr unless quiet."""
+        if not self.quiet:
+            self._end_bar()
+            print(line, file=sys.stderr, flush=True)
+
+    def finish(self, result: Mapping[str, Any], *, title: str = "", next_step: str = "") -> None:
+        """Print the result: one JSON object, or tables and what the user may do next."""
+        self._end_bar()
+        if self.as_json:
+            self._stdout.write(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        elif not self.quiet:
+            show(result, title, self._stdout)
+        self._stdout.flush()
+        if next_step and not self.as_json:
+            self.say(f"next: {next_step}")
+
+    def write(self, text: str) -> None:
+        """Print text to stdout as it is."""
+        self._stdout.write(text)
+        self._stdout.flush()
+
+    def _draw(self, message: str, done: int | None, total: int | None) -> None:
+        if self._bar is None:
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
+            self._bar.start()
+        if self._task is None or message != self._stage:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._stage = self._bar.add_task(message, total=total), message
+        self._bar.update(self._task, completed=done or 0, total=total)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
+    """Print a result as small tables: single values first, then one table for each list or mapping of mappings."""
+    values: list[tuple[str, str]] = []
+    tables: list[tuple[str, list[Mapping[str, Any]]]] = []
+    for key, value in result.items():
+        if isinstance(value, Mapping) and value and all(isinstance(item, Mapping) for item in value.values()):
+            tables.append((key, [{"name": name, **item} for name, item in value.items()]))
+        elif isinstance(value, Mapping):
+            values.extend((f"{key}.{name}", _words(f"{key}.{name}", item)) for name, item in value.items())
+        elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
+            tables.append((key, list(value)))
+        else:
+            values.append((key, _words(key, value)))
+    draw = _draw_rich if stream.isatty() else _draw_plain
+    if values:
+        draw(title, [], values, stream)
+    for name, rows in tables:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        draw(name, columns, [tuple(_words(column, row.get(column)) for column in columns) for row in rows], stream)
+
+
+def _draw_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
+    from rich import box
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns))
+    for number, column in enumerate(columns or ("", "")):
+        table.add_column(column, justify="right" if columns and number else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    RichConsole(file=stream).print(table)
+
+
+def _draw_plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
+    everything = [tuple(columns), *rows] if columns else list(rows)
+    widths = [max(len(row[number]) for row in everything) for number in range(len(everything[0]))]
+    if title:
+        stream.write(f"{title}\n")
+    for row in everything:
+        stream.write(
+            ("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() + "\n"
+        )
+
+
+def _words(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return size_words(value) if "bytes" in key.rpartition(".")[2] else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(name, item)}" for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        words = [_words(key, item) for item in value]
+        return words[0] + f" (each of {len(words)})" if len(words) > 3 and len(set(words)) == 1 else ", ".join(words)
+    return str(value)
+
+
+def size_words(size_bytes: float) -> str:
+    """Return bytes as people read them, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.2f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} TB"
+
+
+def _jsonable(value: Any) -> Any:
+    """Return ``value`` as what JSON can hold; a number that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    item: Callable[[], Any] | None = getattr(value, "item", None)  # numbers of numpy and torch
+    return _jsonable(item()) if item is not None and getattr(value, "size", 1) == 1 else str(value)

@@ -1,0 +1,135 @@
+"""``modmoe convert``: a dense checkpoint becomes a parameter-sharing mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from modmoe import steps
+from modmoe.cli import flags
+from modmoe.cli.console import Console
+from modmoe.errors import RecipeError
+
+EPILOG = flags.examples(
+    "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt --active-fraction 0.5",
+    "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run",
+    "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
+)
+
+
+def convert(
+    source: flags.Source,
+    output: flags.Output,
+    task: flags.Task = None,
+    recipe: flags.RecipeFile = None,
+    method: Annotated[str | None, typer.Option(metavar="METHOD", help="The conversion: modular.")] = None,
+    tokens: flags.Tokens = None,
+    num_modules: flags.NumModules = None,
+    num_experts: Annotated[int | None, typer.Option(help="Experts; by default one a task.")] = None,
+    modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert.")] = None,
+    active_fraction: Annotated[
+        float | None, typer.Option(help="Share of the modules that each expert has, instead.")
+    ] = None,
+    fit_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="As many modules an expert as keep the weights within a size such as 4GB."),
+    ] = None,
+    shared_modules: Annotated[
+        int | None, typer.Option(help="Modules that every expert has, counted among its own.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts chosen at once.")] = None,
+    routing: Annotated[
+        str | None, typer.Option(metavar="token|sequence|task", help="What an expert is chosen for.")
+    ] = None,
+    combine: Annotated[str | None, typer.Option(metavar="union|sum", help="How the chosen experts add up.")] = None,
+    compensation: Annotated[
+        bool | None, typer.Option("--compensation/--no-compensation", help="Add the mean output of skipped modules.")
+    ] = None,
+    coverage: Annotated[
+        bool | None, typer.Option("--coverage/--no-coverage", help="Give every module to some expert.")
+    ] = None,
+    router_start: Annotated[str | None, typer.Option(metavar="METHOD", help="What the router starts from.")] = None,
+    router_kind: Annotated[str | None, typer.Option(metavar="linear|mlp", help="Layers of the router.")] = None,
+    routing_chunk: Annotated[
+        int | None, typer.Option(help="Sequence routing: tokens after which the choice is made anew without a prompt.")
+    ] = None,
+    partition: flags.PartitionMethod = None,
+    assignment: Annotated[str | None, typer.Option(metavar="METHOD", help="How modules are given to experts.")] = None,
+    score: flags.Score = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="With --method adapters: which routed adapter.")
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report with plots.")
+    ] = None,
+    sequence_length: flags.SequenceLength = None,
+    batch_size: flags.BatchSize = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it will cost; write nothing.")
+    ] = False,
+    overwrite: flags.Overwrite = False,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
+    trust_remote_code: flags.Trust = False,
+    revision: flags.Revision = None,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Convert a dense checkpoint into a parameter-sharing mixture of experts.
+
+    FFN neurons are cut into disjoint modules, and each expert is a set of modules that it may share with others. Every
+    module is stored once.
+    """
+    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
+        tasks = flags.parse_tasks(task)
+        if adapter is not None and method != "adapters":
+            raise RecipeError("--adapter: belongs to --method adapters; leave it out or name that method.")
+        chosen = {
+            "--modules-per-expert": modules_per_expert,
+            "--active-fraction": active_fraction,
+            "--fit-bytes": fit_bytes,
+        }
+        given = [flag for flag, value in chosen.items() if value is not None]
+        if len(given) > 1:
+            raise RecipeError(f"{' and '.join(given)}: give one of them; each sets the size of an expert.")
+        result = steps.convert(
+            source,
+            output,
+            recipe,
+            fit_bytes=None if fit_bytes is None else flags.parse_size("--fit-bytes", fit_bytes),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            revision=revision,
+            report=report,
+            progress=console.progress,
+            tasks=tasks,
+            method=method,
+            tokens=tokens,
+            num_modules=num_modules,
+            num_experts=num_experts,
+            modules_per_expert=modules_per_expert,
+            active_fraction=active_fraction,
+            shared_modules=shared_modules,
+            top_k=top_k,
+            routing=routing,
+            combine=combine,
+            compensation=compensation,
+            coverage=coverage,
+            router_start=router_start,
+            router_kind=router_kind,
+            routing_chunk=routing_chunk,
+            partition=partition,
+            assignment=assignment,
+            score=score,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code or None,
+        )
+        next_step = (
+            "the same without --dry-run" if dry_run else flags.quote("modmoe", "finetune", output, "OUT") + " ..."
+        )
+        console.finish(result, title=output, next_step=next_step)

@@ -1,0 +1,77 @@
+"""``modmoe export``: a converted model in a form that is given away."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from modmoe import steps
+from modmoe.cli import flags
+from modmoe.cli.console import Console
+
+EPILOG = flags.examples(
+    "modmoe export ./tuned ./out --format safetensors --form tied",
+    "modmoe export ./tuned ./mixtral --form native --target mixtral --dtype bfloat16",
+    "modmoe export ./tuned ./math-only --form dense --expert math",
+)
+
+
+def export(
+    source: flags.Source,
+    output: flags.Output,
+    file_format: Annotated[
+        str, typer.Option("--format", metavar="safetensors", help="The format of the weight files.")
+    ] = "safetensors",
+    form: Annotated[str, typer.Option(metavar="|".join(steps.FORMS), help="What is written; see above.")] = "tied",
+    target: Annotated[
+        str, typer.Option(metavar="auto|mixtral|qwen2_moe|...", help="The architecture of a native export.")
+    ] = "auto",
+    expert: Annotated[str | None, typer.Option(metavar="NAME", help="The expert that a dense export keeps.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="|".join(steps.DTYPES), help="Type of the weights; by default as they are.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that one weight file holds.")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare the outputs.")
+    ] = True,
+    overwrite: flags.Overwrite = False,
+    trust_remote_code: flags.Trust = False,
+    revision: flags.Revision = None,
+    seed: Annotated[int | None, typer.Option(hidden=True)] = None,
+    device: Annotated[str | None, typer.Option(hidden=True)] = None,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Export a converted model.
+
+    \b
+    tied     every module once, with the code that runs it
+    packed   modules as ordinary experts, the router choosing modules
+    native   an architecture that other tools know, experts copied out
+    dense    one expert as a dense model of the original family
+    adapter  the adapters alone
+    """
+    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
+        flags.choose("--format", file_format, ("safetensors",))
+        flags.choose("--form", form, steps.FORMS)
+        if dtype is not None:
+            flags.choose("--dtype", dtype, steps.DTYPES)
+        if device is not None:
+            flags.choose("--device", device, ("auto", "cpu", "cuda"))
+        flags.parse_size("--max-shard-size", max_shard_size)
+        result = steps.export(
+            source,
+            output,
+            form=form,
+            target=target,
+            expert=expert,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            revision=revision,
+        )
+        console.finish(result, title=output, next_step=flags.quote("modmoe", "push", output, "OWNER/NAME", "--dry-run"))

@@ -1,0 +1,88 @@
+"""``modmoe finetune``: train a converted model's routers, a LoRA, all weights or adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from modmoe import steps
+from modmoe.cli import flags
+from modmoe.cli.console import Console
+
+EPILOG = flags.examples(
+    "modmoe finetune ./moe ./tuned --task math=math.jsonl --task stories=stories.txt --train full",
+    "modmoe finetune ./moe ./tuned -c three-tasks.yaml --distill-from ./dense --max-steps 500",
+    "modmoe finetune ./moe ./tuned -c three-tasks.yaml --resume",
+)
+
+
+def finetune(
+    source: flags.Source,
+    output: flags.Output,
+    task: flags.Task = None,
+    recipe: flags.RecipeFile = None,
+    eval_task: Annotated[
+        list[str] | None,
+        typer.Option("--eval", metavar="NAME=FILE", help="Text to measure before and after. May be repeated."),
+    ] = None,
+    train: Annotated[str | None, typer.Option(metavar="router|lora|full|adapters", help="What learns.")] = None,
+    distill_from: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="The dense model whose predictions are learned.")
+    ] = None,
+    distill_weight: Annotated[float | None, typer.Option(help="Share of the distillation loss, 0 to 1.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the distillation.")] = None,
+    balance_weight: Annotated[float | None, typer.Option(help="Factor of the load-balance loss.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warmup_fraction: Annotated[
+        float | None, typer.Option(help="Share of the steps in which the learning rate rises.")
+    ] = None,
+    batch_size: flags.BatchSize = None,
+    sequence_length: flags.SequenceLength = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Fill sequences with several rows.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between two states that --resume goes on from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state of an interrupted run.")] = False,
+    overwrite: flags.Overwrite = False,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
+    trust_remote_code: flags.Trust = False,
+    revision: flags.Revision = None,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Train a converted model on the tasks' text."""
+    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
+        result = steps.finetune(
+            source,
+            output,
+            recipe,
+            eval_tasks=flags.parse_tasks(eval_task, "--eval"),
+            resume=resume,
+            overwrite=overwrite,
+            revision=revision,
+            progress=console.progress,
+            tasks=flags.parse_tasks(task),
+            train=train,
+            distill_from=distill_from,
+            distill_weight=distill_weight,
+            temperature=temperature,
+            balance_weight=balance_weight,
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            warmup_fraction=warmup_fraction,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            packing=packing,
+            lora_rank=lora_rank,
+            save_steps=save_steps,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code or None,
+        )
+        line = flags.quote("modmoe", "export", output, "OUT", "--format", "safetensors", "--form", "tied")
+        console.finish(result, title=output, next_step=line)

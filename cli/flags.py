@@ -1,0 +1,84 @@
+"""Arguments and options that several commands share, and how their values are checked."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from modmoe.errors import RecipeError, did_you_mean
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="A local directory or a Hub id.")]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="The directory to write; it must be empty or not exist.")]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="NAME=FILE",
+        help="A task and its text: .jsonl, .json, .parquet, .txt or hub:ID[:CONFIG][:SPLIT]. May be repeated.",
+    ),
+]
+RecipeFile = Annotated[
+    str | None, typer.Option("-c", "--recipe", metavar="RECIPE", help="A YAML recipe; flags override it.")
+]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens of each task.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a sequence.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences of a batch.")]
+NumModules = Annotated[int | None, typer.Option(help="Modules of each FFN; must divide its neurons.")]
+PartitionMethod = Annotated[
+    str | None, typer.Option("--partition", metavar="METHOD", help="How neurons are cut into modules.")
+]
+Score = Annotated[str | None, typer.Option(metavar="METHOD", help="How a module's importance is measured.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that draws numbers.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python files to be executed.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
+Json = Annotated[bool, typer.Option("--json", help="Put one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log lines, and those of the libraries.")]
+
+
+def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str, str] | None:
+    """Return NAME=FILE values as a mapping, or None where there are none; RecipeError for a bad or repeated one."""
+    if not values:
+        return None
+    tasks: dict[str, str] = {}
+    for value in values:
+        name, sign, file = value.partition("=")
+        if not sign or not name.strip() or not file.strip():
+            raise RecipeError(f"{flag}: '{value}' is not of the form NAME=FILE.")
+        if name.strip() in tasks:
+            raise RecipeError(f"{flag}: the name '{name.strip()}' is given twice; names must differ.")
+        tasks[name.strip()] = file.strip()
+    return tasks
+
+
+def choose(flag: str, value: str, options: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``options``; else raise RecipeError with all of them and the nearest."""
+    if value in options:
+        return value
+    listed = ", ".join(options[:-1]) + f" or {options[-1]}" if len(options) > 1 else options[0]
+    hint = did_you_mean(value, options)
+    raise RecipeError(f"{flag}: no such value '{value}'; choose {listed}.{hint if 'Did you mean' in hint else ''}")
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Return the bytes of a size such as 4GB, 500MB or 2GiB; RecipeError for anything else."""
+    from modmoe.checkpoint import parse_bytes
+
+    return parse_bytes(text, flag)
+
+
+def examples(*lines: str) -> str:
+    """Return the epilogue of a command's help: its examples, each on a line of its own."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def quote(*words: str) -> str:
+    """Return a command line that can be pasted into a shell."""
+    return shlex.join(words)

@@ -1,0 +1,119 @@
+"""The command ``modmoe``: one app, and the one place that turns errors into lines and exit codes.
+
+0 done, 2 what the user can mend (one line, no traceback), 1 a bug, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from modmoe import __version__
+from modmoe.cli import analyze, convert, demo, env, eval, export, finetune, flags, inspect, push, recipes, validate
+from modmoe.errors import ModmoeError
+
+app = typer.Typer(
+    name="modmoe",
+    help="Dense language models become parameter-sharing mixtures of experts.",
+    epilog=flags.examples(
+        "modmoe demo",
+        "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt",
+        "modmoe finetune ./moe ./tuned --task math=math.jsonl --task stories=stories.txt --distill-from ./dense",
+        "modmoe export ./tuned ./out --format safetensors --form tied",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # plain help: it starts faster, and reads the same in a log
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+app.command("analyze", epilog=analyze.EPILOG)(analyze.analyze)
+app.command("convert", epilog=convert.EPILOG)(convert.convert)
+app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
+app.command("export", epilog=export.EPILOG)(export.export)
+app.command("push", epilog=push.EPILOG)(push.push)
+app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
+app.add_typer(recipes.app, name="recipes")
+app.command("validate", epilog=validate.EPILOG)(validate.validate)
+app.command("env", epilog=env.EPILOG)(env.env)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
+
+# Typer may carry its own copy of click, so the class is found through the one that typer names.
+_ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+# What a full disk or a protected directory raises is no bug of ours.
+_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"modmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Dense language models become parameter-sharing mixtures of experts."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = app(list(arguments) if arguments is not None else None, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ModmoeError as error:
+        return _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("modmoe: stopped.", file=sys.stderr)
+        return 130
+    except typer.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        # the reader of our output is gone; Python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if isinstance(error, _ClickException):
+            return _fail_usage(error)
+        if isinstance(error, OSError) and error.errno in _MENDABLE:
+            return _fail(f"{error.filename or 'output'}: {error.strerror}.")
+        traceback.print_exc()
+        print(
+            "modmoe: this is a bug in modmoe; please report it with the lines above and `modmoe env`.", file=sys.stderr
+        )
+        return 1
+
+
+def _fail_usage(error: Exception) -> int:
+    """Print what click says about a wrong command line, and where its help is."""
+    message = getattr(error, "format_message", lambda: str(error))().strip()
+    context = getattr(error, "ctx", None)
+    command = getattr(context, "command_path", "modmoe")
+    return _fail(f"{message if message.endswith(('.', '?')) else message + '.'} See {command} --help.")
+
+
+def _fail(message: str) -> int:
+    print(f"modmoe: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""``modmoe validate``: is a recipe right, and what does it come to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from modmoe.cli import flags
+from modmoe.cli.console import Console
+
+EPILOG = flags.examples("modmoe validate my-recipe.yaml", "modmoe validate my-recipe.yaml -q && echo fine")
+
+
+def validate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Check a recipe strictly and print it with every default filled in."""
+    from modmoe.recipe import dump_recipe, load_recipe
+    from modmoe.steps import check_method
+
+    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
+        resolved = load_recipe(recipe)
+        check_method(resolved.method, where=f"{recipe}: ")
+        if as_json:
+            console.finish({"ok": True, "recipe": dataclasses.asdict(resolved)})
+        elif not quiet:
+            console.say(f"{recipe}: ok")
+            console.write(dump_recipe(resolved))

@@ -1,0 +1,27 @@
+"""Modules of neurons that are active together: balanced k-means on what each neuron does over the sketch's tokens.
+
+The features follow the co-activation clustering of MoEfication (https://arxiv.org/abs/2110.01786), with
+centred profiles instead of counts, so that activations of either sign and dense ones are of use.
+"""
+
+# Shapes: F neurons, S rows of the sketch
+
+from __future__ import annotations
+
+from modmoe.analyze.kmeans import balanced_kmeans
+from modmoe.analyze.modules import Partition, check_num_modules
+from modmoe.analyze.profile import ActivationProfile
+from modmoe.ffn import FFNWeights
+
+
+def cut_by_activations(profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
+    """Return balanced k-means modules of the centred, normalised columns of the profile's sketch.
+
+    Distances of such columns are correlations of neurons. PartitionError where ``num_modules`` does not divide them.
+    """
+    check_num_modules(profile.num_neurons, num_modules)
+    column_FS = profile.rows_SF.T.double()
+    column_FS = column_FS - column_FS.mean(1, keepdim=True)
+    # a neuron that never moves stays at the origin rather than becoming noise of unit length
+    column_FS = column_FS / column_FS.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return Partition(balanced_kmeans(column_FS.float(), num_modules, seed), num_modules)

@@ -1,0 +1,226 @@
+"""The first half of a conversion: from tokens to statistics to modules."""
+
+# Shapes: P tasks, F neurons, M modules
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import modmoe
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
+from modmoe.analyze.partition import Partition, check_num_modules, find_partitioner, save_partitions
+from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
+from modmoe.analyze.score import SCORES, module_scores
+from modmoe.checkpoint import Checkpoint, resolve_source, write_json
+from modmoe.errors import CheckpointError, RecipeError, did_you_mean
+from modmoe.families import Family, family_of, layers_of, neurons_of
+from modmoe.ffn import FFNWeights, read_ffn
+from modmoe.loading import TIED_PREFIX, dense_classes, load, load_tokenizer
+from modmoe.recipe import Recipe, dump_recipe
+from modmoe.staging import check_output, open_output
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A dense checkpoint that passed every check that needs no calibration."""
+
+    checkpoint: Checkpoint
+    family: Family
+    settings: dict[str, Any]
+    """The configuration with its defaults filled in; config.json may leave them out."""
+    architecture: str
+    """Name of the causal LM class."""
+    num_layers: int
+    neurons: int
+    texts: dict[str, Any]
+    """The rows of each task."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Analysis:
+    """What calibration found: one profile, partition and set of scores a layer."""
+
+    source: Source
+    model: PreTrainedModel
+    tokenizer: Any
+    batches: dict[str, list[Batch]]
+    ffns: list[FFNWeights]
+    profiles: list[ActivationProfile]
+    partitions: list[Partition]
+    scores_PM: list[Tensor]
+
+
+def open_source(recipe: Recipe, revision: str | None = None) -> Source:
+    """Check all that can be known before calibration and return the dense source.
+
+    Raises the kinds of ModmoeError: an unusable checkpoint, an unknown family, values that are not finite, a number of
+    modules that does not divide the neurons, unknown methods, task files that cannot be read.
+    """
+    if recipe.source is None:
+        raise RecipeError("source: name the dense checkpoint.")
+    if not recipe.tasks:
+        raise RecipeError("tasks: name at least one task and its file, as in --task math=math.jsonl.")
+    if recipe.assignment.score not in SCORES:
+        raise RecipeError(
+            f"assignment.score: no score '{recipe.assignment.score}'.{did_you_mean(recipe.assignment.score, SCORES)}"
+        )
+    find_partitioner(recipe.partition.method)
+    directory = resolve_source(recipe.source, revision)
+    checkpoint = Checkpoint(directory)
+    if str(checkpoint.config.get("model_type", "")).startswith(TIED_PREFIX):
+        raise CheckpointError(f"{directory}: is a ModularMoE checkpoint already; name the dense one.")
+    family = family_of(checkpoint.config, recipe.family, str(directory / "config.json"))
+    config_type, model_type = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
+    settings = config_type.from_pretrained(directory).to_dict()  # type: ignore[attr-defined]
+    checkpoint.add_prefix(family.layers)
+    neurons = neurons_of(settings, family)
+    check_num_modules(neurons, recipe.partition.num_modules)
+    num_layers = layers_of(settings)
+    _check_ffns(checkpoint, family, num_layers, neurons)
+    texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
+    checkpoint.check_finite()
+    return Source(checkpoint, family, settings, model_type.__name__, num_layers, neurons, texts)
+
+
+def _check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons: int) -> None:
+    for layer in range(num_layers):
+        name = f"{family.layers}.{layer}.{family.up}.weight"
+        if name not in checkpoint:
+            raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; does the family's row fit the checkpoint?")
+        rows = checkpoint.shape(name)[1 if family.transposed else 0]
+        if rows != neurons * (2 if family.fused else 1):
+            raise CheckpointError(f"{checkpoint.directory}: '{name}' has {rows} rows where config.json says {neurons} neurons.")
+
+
+def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analysis:
+    """Run the tasks' text through the dense model and cut every FFN into modules."""
+    directory = source.checkpoint.directory
+    model = load(directory, trust_remote_code=recipe.trust_remote_code, device=recipe.device)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
+    calibration = recipe.calibration
+    batches = {
+        name: token_batches(
+            tokenizer,
+            name,
+            rows,
+            tokens=calibration.tokens,
+            sequence_length=calibration.sequence_length,
+            batch_size=calibration.batch_size,
+            seed=recipe.seed,
+        )
+        for name, rows in source.texts.items()
+    }
+    clusters = recipe.assignment.num_experts
+    if len(batches) == 1 and clusters is not None and clusters > 1:
+        batches = cluster_sequences(model, next(iter(batches.values())), clusters, recipe.seed)
+    total = sum(map(len, batches.values()))
+    needs_gradients = recipe.assignment.score == "taylor"
+    progress("profiling", 0, total)
+    profiles = profile_model(
+        model,
+        source.family,
+        batches,
+        gradients=needs_gradients,
+        seed=recipe.seed,
+        progress=partial(_step, progress, "profiling", total),
+    )
+    state = dict(source.checkpoint.items())
+    ffns = [read_ffn(state, source.family, layer) for layer in range(source.num_layers)]
+    del state
+    partitioner = find_partitioner(recipe.partition.method)
+    partitions = []
+    for layer, (profile, weights) in enumerate(zip(profiles, ffns, strict=True)):
+        progress("partitioning", layer, source.num_layers)
+        partitions.append(partitioner(profile, weights, recipe.partition.num_modules, recipe.seed))
+    progress("partitioning", source.num_layers, source.num_layers)
+    if recipe.assignment.score == "output_norm":
+        profiles = profile_model(
+            model,
+            source.family,
+            batches,
+            partitions=partitions,
+            seed=recipe.seed,
+            progress=partial(_step, progress, "measuring modules", total),
+        )
+    scores_PM = [
+        module_scores(recipe.assignment.score, profile, weights, partition)
+        for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
+    ]
+    return Analysis(source, model, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+
+
+def _step(progress: Progress, message: str, total: int, done: int) -> None:
+    progress(message, done, total)
+
+
+def save_analysis(directory: Path, analysis: Analysis) -> None:
+    """Write profile.safetensors, partition.safetensors and scores.json into ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_profiles(directory / "profile.safetensors", analysis.profiles)
+    save_partitions(directory / "partition.safetensors", analysis.partitions)
+    tasks = list(analysis.batches)
+    scores = [dict(zip(tasks, scores_PM.tolist(), strict=True)) for scores_PM in analysis.scores_PM]
+    write_json(directory / "scores.json", {"layers": scores})
+
+
+def save_recipe(directory: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe with the versions it ran with as modmoe.yaml."""
+    import torch
+    import transformers
+
+    versions = {"modmoe": modmoe.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    (directory / "modmoe.yaml").write_text(dump_recipe(recipe, versions), encoding="utf-8")
+
+
+def silent(*_: Any) -> None:
+    """Report no progress."""
+
+
+def analyze(
+    recipe: Recipe,
+    output: str,
+    *,
+    report: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Profile a dense model and cut its FFNs into modules; write the statistics to ``output``, whole or not at all.
+
+    Returns the layers' coefficients of variation between tasks and where things were written.
+    """
+    progress = progress or silent
+    check_output(output, overwrite=overwrite)
+    source = open_source(recipe, revision)
+    with open_output(output, overwrite=overwrite) as partial_directory:
+        analysis = analyze_source(recipe, source, progress)
+        save_analysis(partial_directory, analysis)
+        save_recipe(partial_directory, recipe)
+    if report is not None:
+        from modmoe.analyze.report import write_report
+
+        write_report(Path(report), recipe, analysis)
+    return {
+        "output": str(output),
+        "report": report,
+        "model_type": source.family.model_type,
+        "num_layers": source.num_layers,
+        "num_modules": recipe.partition.num_modules,
+        "module_size": source.neurons // recipe.partition.num_modules,
+        "tasks": tokens_by_task(analysis.batches),
+    }
+
+
+def tokens_by_task(batches: Mapping[str, list[Batch]]) -> dict[str, int]:
+    """Return the tokens of each task's batches, padding not counted."""
+    return {name: sum(int(batch.attention_mask_BT.sum()) for batch in items) for name, items in batches.items()}

@@ -1,0 +1,116 @@
+"""How much a neuron or a module matters for a task.
+
+    activation    mean |h|                                  Minitron, https://arxiv.org/abs/2407.14679
+    wanda         mean_o |down_oi| * sqrt(mean h^2)         Wanda-sp in FLAP, https://arxiv.org/abs/2312.11983
+    wifv          var(h) * |down_i|^2                       FLAP, https://arxiv.org/abs/2312.11983
+    taylor        mean |h dL/dh|                            LLM-Pruner, https://arxiv.org/abs/2305.11627, on activations
+    output_norm   mean |F_j(x)|                             a module's own: the norm of its output
+
+A module's score is the sum over its neurons, but for ``output_norm``.
+"""
+
+# Shapes: P tasks, D model width, F neurons, M modules
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from modmoe.analyze.modules import Partition
+from modmoe.analyze.profile import ActivationProfile
+from modmoe.errors import CalibrationError, PartitionError, RecipeError, did_you_mean
+from modmoe.ffn import FFNWeights
+
+
+def _tokens(profile: ActivationProfile) -> Tensor:
+    return profile.tokens_P.clamp_min(1).double().unsqueeze(1)
+
+
+def _activation(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    return profile.abs_PF / _tokens(profile)
+
+
+def _wanda(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    size_F = weights.down_DF.detach().cpu().double().abs().mean(0)
+    return size_F * (profile.square_PF / _tokens(profile)).sqrt()
+
+
+def _wifv(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    mean_PF = profile.sum_PF / _tokens(profile)
+    variance_PF = (profile.square_PF / _tokens(profile) - mean_PF.square()).clamp_min(0)
+    return variance_PF * weights.down_DF.detach().cpu().double().square().sum(0)
+
+
+def _taylor(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    if profile.taylor_PF is None:
+        raise CalibrationError(
+            "score 'taylor' needs gradients, which the profile lacks; profile again with gradients=True."
+        )
+    return profile.taylor_PF / _tokens(profile)
+
+
+NEURON_SCORES: dict[str, Callable[[ActivationProfile, FFNWeights], Tensor]] = {
+    "activation": _activation,
+    "wanda": _wanda,
+    "wifv": _wifv,
+    "taylor": _taylor,
+}
+"""Name to the scores of neurons, [P, F] float64."""
+
+
+def _output_norm(profile: ActivationProfile, weights: FFNWeights, partition: Partition) -> Tensor:
+    if profile.norm_PM is None:
+        raise CalibrationError(
+            "score 'output_norm' needs the norms of modules, which the profile lacks; profile again with partitions=."
+        )
+    if profile.norm_PM.shape[1] != partition.num_modules:
+        raise PartitionError(
+            f"score 'output_norm': the profile is of {profile.norm_PM.shape[1]} modules, the partition of "
+            f"{partition.num_modules}; profile again with this partition."
+        )
+    return profile.norm_PM / _tokens(profile)
+
+
+def _summed(method: str) -> Callable[[ActivationProfile, FFNWeights, Partition], Tensor]:
+    def score(profile: ActivationProfile, weights: FFNWeights, partition: Partition) -> Tensor:
+        score_PF = NEURON_SCORES[method](profile, weights)
+        return score_PF[:, partition.permutation_F].view(len(score_PF), partition.num_modules, -1).sum(2)
+
+    return score
+
+
+SCORES: dict[str, Callable[[ActivationProfile, FFNWeights, Partition], Tensor]] = {
+    **{method: _summed(method) for method in NEURON_SCORES},
+    "output_norm": _output_norm,
+}
+"""Name to the scores of modules, [P, M] float64."""
+
+
+def neuron_scores(method: str, profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    """Return how much each neuron matters for each task, [P, F] float64, at least 0.
+
+    Raises:
+        RecipeError: no such score of neurons.
+        CalibrationError: the profile lacks what the score needs.
+    """
+    if method not in NEURON_SCORES:
+        raise RecipeError(f"score: no score of neurons '{method}'.{did_you_mean(method, NEURON_SCORES)}")
+    return NEURON_SCORES[method](profile, weights)
+
+
+def module_scores(method: str, profile: ActivationProfile, weights: FFNWeights, partition: Partition) -> Tensor:
+    """Return how much each module matters for each task, [P, M] float64, at least 0.
+
+    Raises:
+        RecipeError: no such score.
+        CalibrationError: the profile lacks what the score needs.
+        PartitionError: the partition is of another number of neurons, or not the one whose norms the profile holds.
+    """
+    if method not in SCORES:
+        raise RecipeError(f"assignment.score: no score '{method}'.{did_you_mean(method, SCORES)}")
+    if len(partition.module_F) != profile.num_neurons:
+        raise PartitionError(
+            f"a partition of {len(partition.module_F)} neurons for a profile of {profile.num_neurons}."
+        )
+    return SCORES[method](profile, weights, partition)

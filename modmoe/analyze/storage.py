@@ -1,0 +1,56 @@
+"""Statistics on disk: one safetensors file with a few facts beside the tensors, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modmoe.errors import CheckpointError
+
+
+def write_tensors(path: str | Path, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Write ``tensors`` beside, rename, and return the file.
+
+    ``path`` is the file, or a directory that gets ``file``.
+    """
+    target = _locate(path, file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(owned, partial, metadata={"modmoe": json.dumps(facts)})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read_tensors(path: str | Path, file: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and facts of a file whose facts say that it is of ``kind``.
+
+    Raises CheckpointError where it is missing, damaged or of another kind.
+    """
+    target = _locate(path, file)
+    if not target.is_file():
+        raise CheckpointError(f"{target}: no such file; run the analysis that writes it.")
+    try:
+        with safe_open(target, framework="pt") as handle:
+            facts = json.loads((handle.metadata() or {}).get("modmoe", "{}"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{target}: damaged or cut short ({error}); run the analysis again.") from error
+    if not isinstance(facts, dict) or facts.get("kind") != kind:
+        raise CheckpointError(f"{target}: is not a {kind}; name the file that the analysis wrote.")
+    return tensors, facts
+
+
+def _locate(path: str | Path, file: str) -> Path:
+    target = Path(path)
+    return target if target.suffix == ".safetensors" else target / file

@@ -1,0 +1,281 @@
+"""Checkpoints on disk: read lazily, written whole or not at all. Safetensors only; a pickle is never opened."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modmoe.errors import CheckpointError, RecipeError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "modmoe_manifest.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """Return the local directory of a checkpoint, fetching it first if ``source`` is a Hub id.
+
+    Raises CheckpointError where there is neither such a directory nor such a repository.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        # the Hub's client raises a dozen kinds; their first line says enough, and none of them holds the token
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{source}: no such directory, and not to be had from the Hub: {reason}") from error
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A lazy mapping of tensor name to tensor; headers alone are read until a tensor is asked for."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open the headers of all shards and check them against the index.
+
+        Raises:
+            CheckpointError: no config, no safetensors, a pickle instead, a damaged or missing shard, an index that
+                names a file outside the directory or a tensor that its shard lacks.
+        """
+        self.directory = Path(directory)
+        self.config = read_config(self.directory)
+        self._files: dict[str, Any] = {}
+        # name as a causal LM has it -> (file, name in the file)
+        self._where = {name: (file, name) for name, file in self._locate().items()}
+
+    def _locate(self) -> dict[str, str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index}: weight_map is missing or empty; the index is damaged, fetch it again.")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                    raise CheckpointError(
+                        f"{index}: '{name}' lies in {file!r}, which is not a plain file name in the directory; refused."
+                    )
+            present = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
+            for name, file in weight_map.items():
+                if name not in present[file]:
+                    raise CheckpointError(f"{index}: '{name}' is not in {file}; fetch the checkpoint again.")
+            return dict(weight_map)
+        if (self.directory / SINGLE).is_file():
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        loose = sorted(file.name for file in self.directory.glob("*.safetensors"))
+        if loose:
+            raise CheckpointError(f"{self.directory}: {loose[0]} without {INDEX}; fetch the index too.")
+        if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
+            raise CheckpointError(
+                f"{self.directory}: holds pickled weights only, which can run code when read. If you trust them, convert "
+                'them: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{self.directory}').save_pretrained('{self.directory}-safetensors')\""
+            )
+        raise CheckpointError(f"{self.directory}: no {SINGLE} and no {INDEX}.")
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path = self.directory / file
+            if not path.is_file():
+                raise CheckpointError(f"{path}: the shard is missing; fetch the checkpoint again.")
+            try:
+                self._files[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
+        return self._files[file]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        file, stored = self._where[name]
+        tensor: Tensor = self._open(file).get_tensor(stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over tensor names, in the order of the files."""
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape from the header."""
+        file, stored = self._where[name]
+        return tuple(self._open(file).get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type from the header."""
+        file, stored = self._where[name]
+        kind = self._open(file).get_slice(stored).get_dtype()
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{self.directory / file}: '{name}' has type {kind}, which is not supported.")
+        return _DTYPES[kind]
+
+    def add_prefix(self, layers: str) -> None:
+        """Name tensors as the causal LM does where the checkpoint was saved from its base model alone (GPT-2's are).
+
+        ``layers`` is the path of the decoder layers from the causal LM, as in a family's row. Changes nothing else.
+        """
+        prefix, _, rest = layers.partition(".")
+        bare = [name for name in self._where if name.startswith(f"{rest}.")]
+        if bare and not any(name.startswith(f"{layers}.") for name in self._where):
+            self._where = {
+                name if name.startswith("lm_head.") else f"{prefix}.{name}": place for name, place in self._where.items()
+            }
+
+    def check_finite(self) -> None:
+        """Read every tensor once; raise CheckpointError that names the first with a NaN or an infinity."""
+        for name in self:
+            tensor = self[name]
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{self.directory / self._where[name][0]}: '{name}' has values that are not finite; "
+                    "the checkpoint is damaged or its training diverged."
+                )
+
+
+class CheckpointWriter:
+    """Writes tensors into shards and, at the end, their index, a manifest of checksums and the configuration.
+
+    It writes into a directory that ``modmoe.staging.open_output`` renames, so a partial checkpoint never looks whole.
+    """
+
+    def __init__(self, directory: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write into ``directory``, which must exist, in shards of at most ``max_shard_bytes`` (a larger tensor is alone)."""
+        self.directory = directory
+        self.max_shard_bytes = max_shard_bytes
+        self.sums: dict[str, dict[str, Any]] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor; names are unique."""
+        if name in self.sums:
+            raise CheckpointError(f"{self.directory}: '{name}' was written twice.")
+        data = tensor.detach().to("cpu").contiguous()
+        size_bytes = data.numel() * data.element_size()
+        if self._pending and self._pending_bytes + size_bytes > self.max_shard_bytes:
+            self._flush()
+        self.sums[name] = {
+            "sha256": tensor_sha256(data),
+            "shape": list(data.shape),
+            "dtype": str(data.dtype).removeprefix("torch."),
+        }
+        # an own copy where the tensor is a view, so that one row does not keep a whole matrix alive
+        self._pending[name] = data.clone() if data.untyped_storage().nbytes() != size_bytes else data
+        self._pending_bytes += size_bytes
+        self._total_bytes += size_bytes
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}.safetensors"
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Write the last shard, the index if there are several shards, the manifest and config.json."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self.directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.directory / INDEX, index)
+        write_json(self.directory / MANIFEST, {"tensors": self.sums})
+        write_json(self.directory / "config.json", config)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json as a mapping; CheckpointError where it is absent or not one."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no config.json; name the directory of a checkpoint.")
+    return _read_json(path)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in memory order (little-endian, C order)."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def parse_bytes(text: str, place: str) -> int:
+    """Return bytes for a size such as ``5GB`` or ``200MB`` (powers of ten) or ``4GiB`` (powers of two)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(K|M|G|T)?(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise RecipeError(f"{place}: '{text}' is no size; write 5GB, 500MB or 4GiB.")
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a checkpoint beside its weights: tokenizer, generation settings, licence. No code."""
+    names = (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "chat_template*",
+        "generation_config.json",
+        "*.model",
+        "LICENSE*",
+    )
+    for pattern in names:
+        for file in source.glob(pattern):
+            if file.is_file() and file.suffix != ".py":
+                with contextlib.suppress(FileExistsError):
+                    (target / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,167 @@
+"""ModularMoE: one dense FFN becomes experts that are sets of shared modules.
+
+    ModularMoE (Liu et al., Findings of ACL 2026, 2026.findings-acl.174): the feed-forward layers are split into disjoint
+    modules, and each expert is a combination of such modules. The abstract says no more; how modules are found, scored
+    and given to experts is this package's choice and stands in the recipe.
+
+The tied layout is the dense FFN with its neurons reordered: the modules that every expert has first, then an order in
+which each expert's modules form few runs. Modules that no expert has are left out.
+"""
+
+# Shapes: F neurons, M modules, S modules stored, E experts
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import modmoe
+from modmoe.analyze.partition import Partition
+from modmoe.checkpoint import Checkpoint
+from modmoe.convert.assignment import Assignment, seriate
+from modmoe.convert.plan import Const, Copy, Op, Plan, Take
+from modmoe.convert.routers import RouterStart
+from modmoe.families import Family, neurons_of
+from modmoe.recipe import Recipe
+
+
+def modular_plan(
+    source: Checkpoint,
+    family: Family,
+    recipe: Recipe,
+    partitions: Sequence[Partition],
+    assignments: Sequence[Assignment],
+    starts: Sequence[RouterStart],
+    architecture: str,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Return the plan of the tied checkpoint; reads headers only.
+
+    Args:
+        source: the dense checkpoint.
+        family: its row.
+        recipe: what was asked for.
+        partitions: one a layer.
+        assignments: one a layer, over the partition's modules.
+        starts: one a layer, the routers to begin with.
+        architecture: name of the dense causal LM class, such as ``LlamaForCausalLM``.
+        settings: the dense configuration with its defaults filled in; config.json may leave them out.
+    """
+    orders = [seriate(assignment.membership_EM) for assignment in assignments]
+    ops: dict[str, Op] = {}
+    replaced: set[str] = set()
+    for layer, (partition, assignment, start, order_S) in enumerate(
+        zip(partitions, assignments, starts, orders, strict=True)
+    ):
+        made = _layer_ops(source, family, layer, partition, order_S)
+        replaced.update(name for op in made.values() for name in op.inputs)
+        target = f"{family.layers}.{layer}.{family.ffn}"
+        made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
+        made.update(_router_ops(target, start, order_S, source.dtype(f"{family.layers}.{layer}.{family.down}.weight")))
+        ops.update(made)
+    kept: dict[str, Op] = {name: Copy(name) for name in source if name not in replaced}
+    config = copy.deepcopy(source.config)
+    config.update(_fields(source, family, recipe, partitions[0], assignments[0], starts[0], architecture, settings))
+    config["stored_modules"] = [len(order_S) for order_S in orders]
+    return Plan(config, {**kept, **ops})
+
+
+def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
+    """Return the dense neuron that each stored neuron is, module after module."""
+    return partition.permutation_F.unflatten(0, (partition.num_modules, -1))[order_S].flatten()
+
+
+def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partition, order_S: Tensor) -> dict[str, Op]:
+    index_F = neuron_order(partition, order_S)
+    neurons = len(partition.module_F)
+    dense = f"{family.layers}.{layer}."
+    target = f"{family.layers}.{layer}.{family.ffn}."
+    ops: dict[str, Op] = {}
+
+    def rows(path: str, into: str, offset: int) -> None:
+        name = f"{dense}{path}"
+        taken_F = index_F + offset
+        ops[f"{target}{into}.weight"] = Take(
+            f"{name}.weight", taken_F, dim=1 if family.transposed else 0, transpose=family.transposed
+        )
+        if f"{name}.bias" in source:
+            ops[f"{target}{into}.bias"] = Take(f"{name}.bias", taken_F)
+
+    if family.gate is not None:
+        rows(family.gate, "gate_proj", 0)
+    rows(family.up, "up_proj", neurons if family.fused else 0)
+    down = f"{dense}{family.down}"
+    ops[f"{target}down_proj.weight"] = Take(
+        f"{down}.weight", index_F, dim=0 if family.transposed else 1, transpose=family.transposed
+    )
+    if f"{down}.bias" in source:
+        ops[f"{target}down_proj.bias"] = Copy(f"{down}.bias")
+    return ops
+
+
+def _router_ops(target: str, start: RouterStart, order_S: Tensor, dtype: torch.dtype) -> dict[str, Op]:
+    ops: dict[str, Op] = {}
+    if start.weight_ED is not None:
+        ops[f"{target}.router.weight"] = Const(start.weight_ED.to(dtype))
+    if start.hidden_HD is not None and start.output_EH is not None:
+        ops[f"{target}.router.hidden.weight"] = Const(start.hidden_HD.to(dtype))
+        ops[f"{target}.router.output.weight"] = Const(start.output_EH.to(dtype))
+    if start.means_MD is not None:
+        ops[f"{target}.means"] = Const(start.means_MD[order_S].to(dtype))
+    return ops
+
+
+def _fields(
+    source: Checkpoint,
+    family: Family,
+    recipe: Recipe,
+    partition: Partition,
+    assignment: Assignment,
+    start: RouterStart,
+    architecture: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    stem = architecture.removesuffix("ForCausalLM")
+    first_layer = f"{family.layers}.0."
+    roles = (("gate", family.gate), ("up", family.up), ("down", family.down))
+    biases = [role for role, path in roles if path is not None and f"{first_layer}{path}.bias" in source]
+    dense = {key: source.config[key] for key in ("model_type", "architectures", "auto_map") if key in source.config}
+    return {
+        "model_type": f"modmoe_{source.config['model_type']}",
+        "architectures": [f"ModMoE{architecture}"],
+        "auto_map": {
+            "AutoConfig": f"configuration_modmoe.ModMoE{stem}Config",
+            "AutoModel": f"modeling_modmoe.ModMoE{stem}Model",
+            "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{architecture}",
+        },
+        "num_modules": partition.num_modules,
+        "module_size": partition.module_size,
+        "num_experts": len(assignment.expert_names),
+        "num_experts_per_tok": recipe.router.top_k,
+        "expert_names": list(assignment.expert_names),
+        "modules_per_expert": assignment.modules_per_expert,
+        "shared_modules": recipe.assignment.shared_modules,
+        "routing": recipe.router.routing,
+        "combine": recipe.router.combine,
+        "routing_chunk": recipe.router.routing_chunk,
+        "router_kind": recipe.router.kind,
+        "router_hidden": 0 if start.hidden_HD is None else start.hidden_HD.shape[0],
+        "compensation": recipe.router.compensation,
+        "default_expert": None,
+        "ffn_layers": family.layers,
+        "ffn_path": family.ffn,
+        "ffn_bypass": list(family.bypass),
+        "ffn_gated": family.gate is not None,
+        "ffn_biases": biases,
+        "ffn_activation": settings[family.activation],
+        "ffn_dropout": float(settings[family.dropout]) if family.dropout else 0.0,
+        "dense_intermediate_size": neurons_of(settings, family),
+        "dense_config": {**dense, "family": {**dataclasses.asdict(family), "bypass": list(family.bypass)}},
+        "modmoe_method": recipe.method,
+        "modmoe_version": modmoe.__version__,
+    }

@@ -1,0 +1,258 @@
+"""A whole conversion: checks, analysis, experts, routers, plan, checkpoint, proof."""
+
+# Shapes: T tokens, E experts, M modules
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modmoe.analyze.calibration import Batch
+from modmoe.analyze.run import Analysis, Progress, Source, analyze_source, open_source, save_analysis, save_recipe, silent
+from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
+from modmoe.convert.assignment import ASSIGNMENTS, Assignment, seriate
+from modmoe.convert.code import write_code
+from modmoe.convert.modular import modular_plan, neuron_order
+from modmoe.convert.routers import RouterStart, start_routers
+from modmoe.errors import PartitionError, PlanError, RecipeError, did_you_mean
+from modmoe.inspection import inspect
+from modmoe.loading import load
+from modmoe.recipe import Recipe
+from modmoe.staging import check_output, open_output
+
+METHODS = ("modular",)
+# above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
+_FLOAT64_PARAMETERS = 200_000_000
+
+
+def convert(
+    recipe: Recipe,
+    output: str,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    report: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Turn a dense checkpoint into a parameter-sharing MoE at ``output``, whole or not at all.
+
+    Returns what ``modmoe convert --json`` prints: the inspection of the new checkpoint with ``seconds``,
+    ``peak_rss_bytes``, ``verified`` and how well each layer's router agrees with the best expert. The source is left
+    unchanged.
+
+    Raises:
+        ModmoeError: a kind of it that says what to mend; nothing is left behind.
+    """
+    progress = progress or silent
+    started_s = time.monotonic()
+    if recipe.method not in METHODS:
+        raise RecipeError(f"method: no method '{recipe.method}'.{did_you_mean(recipe.method, METHODS)}")
+    check_output(output, overwrite=overwrite)
+    check_experts(recipe)
+    progress("checking the source")
+    source = open_source(recipe, revision)
+    if dry_run:
+        return plan_costs(recipe, source)
+    with open_output(output, overwrite=overwrite) as directory:
+        analysis = analyze_source(recipe, source, progress)
+        assignments = make_assignments(recipe, analysis)
+        starts = _start_routers(recipe, analysis, assignments, progress)
+        checkpoint = source.checkpoint
+        plan = modular_plan(
+            checkpoint,
+            source.family,
+            recipe,
+            analysis.partitions,
+            assignments,
+            starts,
+            source.architecture,
+            source.settings,
+        )
+        plan.check(checkpoint)
+        progress("writing")
+        writer = CheckpointWriter(directory)
+        plan.run(checkpoint, writer)
+        writer.finish(plan.config)
+        copy_companions(checkpoint.directory, directory)
+        write_code(directory, plan.config, checkpoint.directory)
+        save_recipe(directory, recipe)
+        save_analysis(directory / "analysis", analysis)
+        write_json(directory / "analysis" / "plan.json", plan.describe())
+        progress("verifying")
+        verified = verify_all_on(directory, analysis, assignments)
+        result = {
+            **inspect(str(directory)),
+            "output": str(output),
+            "routers": [{"agreement": start.agreement, "chance": start.chance} for start in starts],
+            "verified": verified,
+        }
+        if report is not None:
+            from modmoe.analyze.report import write_report
+
+            write_report(Path(report), recipe, analysis, assignments=assignments, summary=result)
+    result["seconds"] = round(time.monotonic() - started_s, 2)
+    result["peak_rss_bytes"] = peak_rss_bytes()
+    return result
+
+
+def check_experts(recipe: Recipe) -> None:
+    """Refuse numbers of experts and modules that no assignment can have."""
+    wanted, modules = recipe.assignment, recipe.partition.num_modules
+    tasks, experts = len(recipe.tasks), count_experts(recipe)
+    per_expert = modules_per_expert(recipe)
+    if wanted.method not in ASSIGNMENTS:
+        raise RecipeError(f"assignment.method: no method '{wanted.method}'.{did_you_mean(wanted.method, ASSIGNMENTS)}")
+    if tasks > 1 and experts != tasks:
+        raise PartitionError(
+            f"assignment.num_experts: {experts} experts for {tasks} tasks; leave it out (one a task), or name one task "
+            "to have its sequences clustered."
+        )
+    if per_expert > modules:
+        raise PartitionError(f"assignment.modules_per_expert: {per_expert} is more than the {modules} modules there are.")
+    if wanted.shared_modules > per_expert:
+        raise PartitionError(
+            f"assignment.shared_modules: {wanted.shared_modules} is more than the {per_expert} modules of an expert."
+        )
+    if recipe.router.top_k > experts:
+        raise RecipeError(f"router.top_k: {recipe.router.top_k} is more than the {experts} experts there are.")
+
+
+def count_experts(recipe: Recipe) -> int:
+    """Return the number of experts: as asked, else one a task."""
+    return recipe.assignment.num_experts or len(recipe.tasks)
+
+
+def modules_per_expert(recipe: Recipe) -> int:
+    """Return the modules of an expert: as asked, else the fraction of all, at least one."""
+    asked = recipe.assignment.modules_per_expert
+    return asked or max(1, round(recipe.assignment.active_fraction * recipe.partition.num_modules))
+
+
+def make_assignments(recipe: Recipe, analysis: Analysis) -> list[Assignment]:
+    """Choose each expert's modules in each layer."""
+    names = tuple(analysis.batches)
+    return [
+        ASSIGNMENTS[recipe.assignment.method](
+            scores_PM,
+            names,
+            modules_per_expert=modules_per_expert(recipe),
+            shared_modules=recipe.assignment.shared_modules,
+            coverage=recipe.assignment.coverage,
+            seed=recipe.seed + layer,
+        )
+        for layer, scores_PM in enumerate(analysis.scores_PM)
+    ]
+
+
+def _start_routers(
+    recipe: Recipe, analysis: Analysis, assignments: list[Assignment], progress: Progress
+) -> list[RouterStart]:
+    total = sum(map(len, analysis.batches.values())) * (2 if recipe.router.compensation else 1)
+    return start_routers(
+        analysis.model,
+        analysis.source.family,
+        analysis.batches,
+        analysis.ffns,
+        analysis.partitions,
+        assignments,
+        recipe.router,
+        recipe.seed,
+        progress=lambda done: progress("starting routers", done, total),
+    )
+
+
+def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Return what a conversion would make and cost, from headers alone: bounds, since the overlap is not known yet."""
+    modules, experts = recipe.partition.num_modules, count_experts(recipe)
+    per_expert, shared = modules_per_expert(recipe), recipe.assignment.shared_modules
+    checkpoint, family = source.checkpoint, source.family
+    sizes = {name: torch.Size(checkpoint.shape(name)).numel() for name in checkpoint}
+    dense = sum(sizes.values())
+    paths = {path for path in (family.gate, family.up, family.down) if path is not None}
+    ffn = sum(
+        sizes[f"{family.layers}.{layer}.{path}.weight"] for layer in range(source.num_layers) for path in paths
+    )
+    stored = min(modules, experts * (per_expert - shared) + shared)
+    tokens = recipe.calibration.tokens * len(recipe.tasks)
+    return {
+        "dry_run": True,
+        "model_type": family.model_type,
+        "num_layers": source.num_layers,
+        "num_modules": modules,
+        "module_size": source.neurons // modules,
+        "num_experts": experts,
+        "modules_per_expert": per_expert,
+        "parameters": {
+            "dense": dense,
+            "stored_at_least": dense - ffn + ffn * per_expert // modules,
+            "stored_at_most": dense - ffn + ffn * stored // modules,
+            "active": dense - ffn + ffn * per_expert // modules,
+            "materialised": dense - ffn + ffn * per_expert * experts // modules,
+        },
+        "calibration_tokens": tokens,
+        # a forward pass is two operations a parameter and token, and routers take a second one
+        "calibration_flops": 2 * dense * tokens * 2,
+        "tensors": len(checkpoint),
+    }
+
+
+def verify_all_on(directory: Path, analysis: Analysis, assignments: list[Assignment]) -> dict[str, Any]:
+    """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
+
+    Where modules were left out, their neurons are taken out of the dense model for the comparison.
+    """
+    recipe_trust = bool(analysis.source.checkpoint.config.get("auto_map"))
+    small = analysis.model.num_parameters() <= _FLOAT64_PARAMETERS
+    dtype = torch.float64 if small else torch.float32
+    batch = next(iter(analysis.batches.values()))[0]
+    rows = Batch(batch.input_ids_BT[:2], batch.attention_mask_BT[:2])
+    tied: Any = load(directory, trust_remote_code=recipe_trust, dtype=dtype, device="cpu")
+    with torch.no_grad(), tied.all_modules():
+        found = tied(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits
+    del tied
+    dense = load(analysis.source.checkpoint.directory, trust_remote_code=recipe_trust, dtype=dtype, device="cpu")
+    left_out = _silence_unused(dense, analysis, assignments)
+    with torch.no_grad():
+        wanted = dense(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits
+    counted = rows.attention_mask_BT.bool()
+    difference = float((found - wanted)[counted].abs().max())
+    scale = float(wanted[counted].abs().max())
+    limit = (1e-8 if small else 1e-3) * max(scale, 1.0)
+    if not difference <= limit:
+        raise PlanError(f"{directory}: with all modules on the logits differ from the dense model's by {difference:.3g}.")
+    return {
+        "max_abs_logit_diff_all_on": difference,
+        "dtype": str(dtype).removeprefix("torch."),
+        "modules_left_out": left_out,
+        "max_abs_logit": scale,
+    }
+
+
+def _silence_unused(dense: PreTrainedModel, analysis: Analysis, assignments: list[Assignment]) -> int:
+    family, left_out = analysis.source.family, 0
+    for layer, (partition, assignment) in enumerate(zip(analysis.partitions, assignments, strict=True)):
+        unused_M = ~assignment.used_M
+        left_out += int(unused_M.sum())
+        neurons_F = neuron_order(partition, unused_M.nonzero().squeeze(-1))
+        down = dense.get_submodule(f"{family.layers}.{layer}.{family.down}")
+        with torch.no_grad():
+            weight = down.get_parameter("weight")
+            weight.index_fill_(0 if family.transposed else 1, neurons_F, 0.0)
+    return left_out
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has had resident so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+__all__ = ["METHODS", "convert", "count_experts", "modules_per_expert", "partial", "seriate"]

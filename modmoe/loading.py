@@ -1,0 +1,129 @@
+"""Models and tokenizers from a checkpoint: dense ones by transformers, tied ones by the classes in this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modmoe.checkpoint import Checkpoint, read_config, resolve_source
+from modmoe.errors import CheckpointError, RecipeError
+from modmoe.modeling import configuration_modmoe, modeling_modmoe
+
+TIED_PREFIX = "modmoe_"
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``; RecipeError where there is no such device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device: no CUDA device here; pass --device cpu.")
+    return torch.device(device)
+
+
+def is_tied(directory: Path) -> bool:
+    """Return whether a directory holds a ModularMoE checkpoint."""
+    return str(read_config(directory).get("model_type", "")).startswith(TIED_PREFIX)
+
+
+def load(
+    source: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal LM, dense or tied, in evaluation mode.
+
+    A tied model is built from this package's classes: the code that lies beside its weights is not executed. Code of the
+    checkpoint's own architecture is executed with ``trust_remote_code`` only. ``dtype`` None keeps the checkpoint's.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, unknown, or has own code and is not trusted.
+        RecipeError: ``device`` is not to be had.
+    """
+    where = pick_device(device)
+    directory = resolve_source(source, revision)
+    Checkpoint(directory)  # damage is told in one line before transformers sees it
+    config = read_config(directory)
+    _check_code(directory, config, trust_remote_code)
+    kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
+    try:
+        if is_tied(directory):
+            model_type, config_type = _tied_classes(directory, config)
+            model = model_type.from_pretrained(directory, config=config_type.from_pretrained(directory), **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: transformers cannot load it: {reason[:300]}") from error
+    loaded: PreTrainedModel = model.eval().to(where)
+    return loaded
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Load the tokenizer that lies beside a checkpoint; CheckpointError where there is none."""
+    directory = resolve_source(source, revision)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: no usable tokenizer: {reason[:200]}") from error
+
+
+def own_code(config: dict[str, Any]) -> dict[str, str]:
+    """Return the auto_map of an architecture that transformers does not know, else nothing."""
+    dense = config.get("dense_config") if str(config.get("model_type", "")).startswith(TIED_PREFIX) else config
+    dense = dense if isinstance(dense, dict) else {}
+    auto_map = dense.get("auto_map")
+    if dense.get("model_type") in CONFIG_MAPPING or not isinstance(auto_map, dict):
+        return {}
+    return {key: value for key, value in auto_map.items() if isinstance(value, str)}
+
+
+def _check_code(directory: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    model_type = config.get("model_type")
+    code = own_code(config)
+    if code and not trust_remote_code:
+        raise CheckpointError(
+            f"{directory}: '{model_type}' is defined by Python files in the checkpoint ({code.get('AutoModelForCausalLM')}); "
+            "read them, then pass --trust-remote-code to execute them."
+        )
+    if not code and not str(model_type).startswith(TIED_PREFIX) and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"{directory}: transformers does not know model_type '{model_type}'.")
+
+
+def _tied_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    code = own_code(config)
+    if code:
+        base = get_class_from_dynamic_module(code["AutoModelForCausalLM"], directory)
+        model_type = modeling_modmoe.model_class(base)
+        return model_type, model_type.config_class
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not str(names[0]).endswith("ForCausalLM"):
+        raise CheckpointError(f"{directory}/config.json: architectures is {names!r}; it must name one causal LM.")
+    model_type = getattr(modeling_modmoe, str(names[0]))
+    return model_type, model_type.config_class
+
+
+def dense_classes(source: Path, *, trust_remote_code: bool) -> tuple[type, type]:
+    """Return a dense checkpoint's configuration class and causal LM class, executing own code only if trusted."""
+    config = read_config(source)
+    _check_code(source, config, trust_remote_code)
+    code = own_code(config)
+    if code:
+        return (
+            get_class_from_dynamic_module(code["AutoConfig"], source),
+            get_class_from_dynamic_module(code["AutoModelForCausalLM"], source),
+        )
+    loaded = AutoConfig.from_pretrained(source)
+    return type(loaded), AutoModelForCausalLM._model_mapping[type(loaded)]
+
+
+__all__ = ["TIED_PREFIX", "configuration_modmoe", "dense_classes", "is_tied", "load", "load_tokenizer", "own_code", "pick_device"]

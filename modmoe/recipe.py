@@ -1,0 +1,304 @@
+"""The recipe: a tree of frozen dataclasses that a YAML file or flags become. Unknown keys and wrong types are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from modmoe.errors import RecipeError, did_you_mean
+
+Routing = Literal["token", "sequence", "task"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecipe:
+    """How much text is run through the dense model."""
+
+    tokens: int = 32768
+    """Tokens of each task."""
+    sequence_length: int = 256
+    """Tokens of a sequence; longer documents are cut."""
+    batch_size: int = 8
+    """Sequences of a batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionRecipe:
+    """How neurons are cut into modules."""
+
+    method: str = "kmeans"
+    """A name in modmoe.analyze.PARTITIONERS or the dotted path of a partitioner."""
+    num_modules: int = 16
+    """Modules of each FFN; must divide its neurons."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssignmentRecipe:
+    """Which modules make up which expert."""
+
+    method: str = "top_score"
+    """A name in modmoe.convert.ASSIGNMENTS."""
+    score: str = "wanda"
+    """Importance of a module for a task: activation, wanda, taylor or output_norm."""
+    num_experts: int | None = None
+    """Experts; None means one a task. With one task they are clusters of its sequences."""
+    modules_per_expert: int | None = None
+    """Modules of each expert; None means ``active_fraction`` of all."""
+    active_fraction: float = 0.5
+    """Share of the modules that each expert has, where ``modules_per_expert`` is None."""
+    shared_modules: int = 0
+    """Modules that every expert has, counted in ``modules_per_expert``."""
+    coverage: bool = False
+    """Give every module to at least one expert, so that none is left out of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterRecipe:
+    """How experts are chosen at run time, and what their outputs add up to."""
+
+    routing: Routing = "token"
+    """By token, by sequence, or by the task that the caller names (no router)."""
+    top_k: int = 1
+    """Experts chosen at once."""
+    combine: Literal["union", "sum"] = "union"
+    """``union``: a module counts once if any chosen expert has it. ``sum``: experts are weighted and added."""
+    start: Literal["logistic", "least_squares", "centroid", "average_key", "zero"] = "logistic"
+    """What the router starts from."""
+    kind: Literal["linear", "mlp"] = "linear"
+    """One matrix, or two layers with a hidden width of 4 * num_experts, at least 16."""
+    compensation: bool = False
+    """Add, for each skipped module, the mean of its output given that it is skipped."""
+    routing_chunk: int = 64
+    """With sequence routing: tokens after which the choice is made anew where no prompt is marked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneRecipe:
+    """How a model is trained after conversion."""
+
+    train: Literal["router", "lora", "full", "adapters"] = "full"
+    """What learns: the routers, LoRA on the FFN's shared matrices (merged at the end), every weight, or attached adapters."""
+    distill_from: str | None = None
+    """The dense model whose next-token distributions are learned; None trains on the text alone."""
+    distill_weight: float = 0.5
+    """Share of the distillation loss in the sum with the loss on the text, 0 to 1."""
+    temperature: float = 1.0
+    """Temperature of both distributions in the distillation loss."""
+    balance_weight: float = 0.01
+    """Factor of the load-balance loss of token and sequence routers."""
+    max_steps: int = 200
+    """Optimiser steps."""
+    learning_rate: float | None = None
+    """Peak learning rate; None means 5e-4 for routers and LoRA, 1e-4 for all weights."""
+    batch_size: int = 8
+    """Sequences of a step."""
+    sequence_length: int = 256
+    """Tokens of a training sequence."""
+    packing: bool = True
+    """Fill sequences with several rows where routing allows it."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    save_steps: int = 100
+    """Steps between two states that ``--resume`` can go on from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All of one conversion; what is left out has the default."""
+
+    source: str | None = None
+    """A local directory or a Hub id of the dense checkpoint."""
+    method: str = "modular"
+    """A name in modmoe.convert.CONVERTERS."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Task name to file; the name becomes the expert's name where experts are tasks."""
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    """How much text is run through the dense model."""
+    partition: PartitionRecipe = PartitionRecipe()
+    """How neurons are cut into modules."""
+    assignment: AssignmentRecipe = AssignmentRecipe()
+    """Which modules make up which expert."""
+    router: RouterRecipe = RouterRecipe()
+    """How experts are chosen at run time."""
+    finetune: FinetuneRecipe = FinetuneRecipe()
+    """How the model is trained after conversion."""
+    family: dict[str, Any] | None = None
+    """Where an architecture without a row of its own keeps its FFNs; the fields of modmoe.families.Family."""
+    seed: int = 0
+    """Seed of everything that draws numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run."""
+    trust_remote_code: bool = False
+    """Allow the checkpoint's own Python files to be executed."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        positive = {
+            "calibration.tokens": self.calibration.tokens,
+            "calibration.sequence_length": self.calibration.sequence_length,
+            "calibration.batch_size": self.calibration.batch_size,
+            "partition.num_modules": self.partition.num_modules,
+            "router.top_k": self.router.top_k,
+            "router.routing_chunk": self.router.routing_chunk,
+            "finetune.max_steps": self.finetune.max_steps,
+            "finetune.batch_size": self.finetune.batch_size,
+            "finetune.sequence_length": self.finetune.sequence_length,
+            "finetune.lora_rank": self.finetune.lora_rank,
+            "finetune.save_steps": self.finetune.save_steps,
+            "finetune.temperature": self.finetune.temperature,
+        }
+        if self.assignment.num_experts is not None:
+            positive["assignment.num_experts"] = self.assignment.num_experts
+        if self.assignment.modules_per_expert is not None:
+            positive["assignment.modules_per_expert"] = self.assignment.modules_per_expert
+        if self.finetune.learning_rate is not None:
+            positive["finetune.learning_rate"] = self.finetune.learning_rate
+        for place, value in positive.items():
+            if not value > 0:
+                raise RecipeError(f"{place}: {value} is not above 0.")
+        if not 0 < self.assignment.active_fraction <= 1:
+            raise RecipeError(
+                f"assignment.active_fraction: {self.assignment.active_fraction} is not above 0 and at most 1."
+            )
+        if self.assignment.shared_modules < 0:
+            raise RecipeError(f"assignment.shared_modules: {self.assignment.shared_modules} is below 0.")
+        for place, value in {
+            "finetune.distill_weight": self.finetune.distill_weight,
+            "finetune.warmup_fraction": self.finetune.warmup_fraction,
+        }.items():
+            if not 0 <= value <= 1:
+                raise RecipeError(f"{place}: {value} is not between 0 and 1.")
+        if self.finetune.balance_weight < 0:
+            raise RecipeError(f"finetune.balance_weight: {self.finetune.balance_weight} is below 0.")
+        for name in self.tasks:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise RecipeError(f"tasks: '{name}' is no usable name; use letters, digits, '_', '-' and '.'.")
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML mapping, has an unknown key or a value of the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}.")
+    try:
+        return make_recipe({**_flatten(raw), **(overrides or {})})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from dotted keys such as ``partition.num_modules``; None leaves the default.
+
+    Raises RecipeError for an unknown key (with the nearest right one) or a value of the wrong type.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None:
+            continue
+        *parents, leaf = key.split(".") if not key.startswith(_OPEN_MAPS) else [key]
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    recipe = _build(Recipe, tree, "")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe, extra: Mapping[str, Any] | None = None) -> str:
+    """Return the resolved recipe as YAML, with ``extra`` keys (versions, command) as a comment block on top."""
+    head = "".join(f"# {key}: {value}\n" for key, value in (extra or {}).items())
+    return head + yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+_OPEN_MAPS = ("tasks", "family")
+
+
+def _flatten(raw: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if not isinstance(key, str):
+            raise RecipeError(f"{prefix or 'recipe'}: key {key!r} is not a word.")
+        place = f"{prefix}{key}"
+        if isinstance(value, dict) and place not in _OPEN_MAPS:
+            flat.update(_flatten(value, place + "."))
+        else:
+            flat[place] = value
+    return flat
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{place}{key}: no such key.{did_you_mean(key, known)}")
+        built[key] = _fit(hints[key], value, f"{place}{key}")
+    return cls(**built)
+
+
+def _fit(hint: Any, value: Any, place: str) -> Any:
+    """Return ``value`` as the type ``hint`` or raise; YAML reads 1e-4 as a string and True is an int, so both are seen to."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{place}: {value!r} is not a mapping of keys.")
+        return _build(typing.cast(type[Any], hint), value, place + ".")
+    if origin in (Union, types.UnionType):
+        inner = [item for item in typing.get_args(hint) if item is not type(None)]
+        return None if value is None else _fit(inner[0], value, place)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options or isinstance(value, bool):
+            raise RecipeError(f"{place}: no such value '{value}'.{did_you_mean(str(value), map(str, options))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise RecipeError(f"{place}: {value!r} is not a mapping of names.")
+        if typing.get_args(hint)[1] is str:
+            for key, item in value.items():
+                _fit(str, item, f"{place}.{key}")
+        return dict(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise RecipeError(f"{place}: {value!r} is not true or false.")
+        return value
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RecipeError(f"{place}: {value!r} is not a whole number.")
+        return value
+    if hint is float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if isinstance(value, bool) or not abs(number) < float("inf"):
+            raise RecipeError(f"{place}: {value!r} is not a number.")
+        return number
+    if hint is str and not isinstance(value, str):
+        raise RecipeError(f"{place}: {value!r} is not text.")
+    return value

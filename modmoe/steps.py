@@ -1,0 +1,344 @@
+"""The steps as plain functions: with a recipe, with a recipe file, or with keywords named as the command line's flags.
+
+``modmoe.convert("dense", "out", tasks={"math": "math.jsonl"}, num_modules=16)`` and
+``modmoe.convert(load_recipe("r.yaml"), "out")`` do the same as ``modmoe convert``. Keywords override the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modmoe.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from modmoe.recipe import Recipe
+
+Progress = Callable[..., None]
+"""Called with a message and, where they are known, the steps done and the steps in all."""
+
+_COMMON = {
+    "tasks": "tasks",
+    "method": "method",
+    "family": "family",
+    "seed": "seed",
+    "device": "device",
+    "trust_remote_code": "trust_remote_code",
+}
+_CALIBRATION = {
+    "tokens": "calibration.tokens",
+    "sequence_length": "calibration.sequence_length",
+    "batch_size": "calibration.batch_size",
+    "partition": "partition.method",
+    "num_modules": "partition.num_modules",
+    "score": "assignment.score",
+}
+_CONVERSION = {
+    "assignment": "assignment.method",
+    "num_experts": "assignment.num_experts",
+    "modules_per_expert": "assignment.modules_per_expert",
+    "active_fraction": "assignment.active_fraction",
+    "shared_modules": "assignment.shared_modules",
+    "coverage": "assignment.coverage",
+    "routing": "router.routing",
+    "top_k": "router.top_k",
+    "combine": "router.combine",
+    "router_start": "router.start",
+    "router_kind": "router.kind",
+    "compensation": "router.compensation",
+    "routing_chunk": "router.routing_chunk",
+}
+_FINETUNING = {
+    name: f"finetune.{name}"
+    for name in (
+        "train",
+        "distill_from",
+        "distill_weight",
+        "temperature",
+        "balance_weight",
+        "max_steps",
+        "learning_rate",
+        "batch_size",
+        "sequence_length",
+        "packing",
+        "warmup_fraction",
+        "lora_rank",
+        "save_steps",
+    )
+}
+METHODS = ("modular",)
+"""Conversions that there are."""
+FORMS = ("tied", "packed", "native", "dense", "adapter")
+"""Forms of an export."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""Types that an export's weights can be cast to."""
+
+KEYWORDS: dict[str, dict[str, str]] = {
+    "analyze": {**_COMMON, **_CALIBRATION},
+    "convert": {**_COMMON, **_CALIBRATION, **_CONVERSION},
+    "finetune": {**_COMMON, **_FINETUNING},
+}
+"""For each step: a keyword, or a flag with dashes for underscores, and the place in the recipe that it sets."""
+
+
+def resolve_recipe(
+    step: str, source: Recipe | str | Path | None, recipe: Recipe | str | Path | None, keywords: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe that a step runs: ``keywords`` over ``recipe`` over defaults.
+
+    Args:
+        step: a key of KEYWORDS.
+        source: the checkpoint; or a Recipe or the path of a .yaml file, where ``recipe`` is None.
+        recipe: a Recipe or the path of one.
+        keywords: names of KEYWORDS[step], or dotted places; None leaves what the recipe says.
+
+    Raises:
+        RecipeError: an unknown keyword, two recipes, or whatever is wrong with the recipe.
+    """
+    from modmoe.recipe import Recipe, load_recipe, make_recipe
+
+    if isinstance(source, Recipe) or (source is not None and Path(source).suffix in (".yaml", ".yml")):
+        if recipe is not None:
+            raise RecipeError(f"{step}: two recipes are given; the first argument is one already.")
+        source, recipe = None, source
+    known = KEYWORDS[step]
+    overrides: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if value is None:
+            continue
+        if name not in known and "." not in name:
+            raise RecipeError(f"{step}: no such keyword '{name}'.{did_you_mean(name, known)}")
+        overrides[known.get(name, name)] = value
+    if "assignment.active_fraction" in overrides and "assignment.modules_per_expert" in overrides:
+        raise RecipeError("assignment: give modules_per_expert or active_fraction, not both.")
+    if "assignment.active_fraction" in overrides:
+        # a recipe's modules_per_expert would win over the fraction; None puts it back to its default
+        overrides["assignment.modules_per_expert"] = None
+    if source is not None:
+        overrides["source"] = str(source)
+    if isinstance(recipe, Recipe):
+        return make_recipe({**_flat(recipe), **overrides}) if overrides else recipe
+    return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides)
+
+
+def check_method(method: str, where: str = "") -> None:
+    """Raise RecipeError, with the methods that there are, if ``method`` is none of them."""
+    if method not in METHODS:
+        raise RecipeError(f"{where}method: no method '{method}'; there is {', '.join(METHODS)}.")
+
+
+def analyze(
+    source: Recipe | str | Path | None = None,
+    output: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    report: str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Run the tasks' text through the dense model and cut its FFNs into modules; write what was measured to ``output``.
+
+    Returns what ``modmoe analyze --json`` prints. Raises ModmoeError kinds for what the caller can mend.
+    """
+    from modmoe.analyze.run import analyze as run
+
+    resolved = resolve_recipe("analyze", source, recipe, keywords)
+    _need_source_and_tasks("analyze", resolved)
+    return run(
+        resolved,
+        _output("analyze", output),
+        report=report,
+        overwrite=overwrite,
+        revision=revision,
+        progress=progress,
+    )
+
+
+def convert(
+    source: Recipe | str | Path | None = None,
+    output: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    fit_bytes: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    report: str | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Convert a dense checkpoint into a parameter-sharing mixture of experts, written whole or not at all.
+
+    ``fit_bytes`` chooses the most modules an expert may have so that the checkpoint's weights fit, whatever the overlap
+    of the experts turns out to be. Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it
+    will cost.
+    """
+    resolved = resolve_recipe("convert", source, recipe, keywords)
+    check_method(resolved.method)
+    _need_source_and_tasks("convert", resolved)
+    if fit_bytes is not None:
+        if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
+            raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
+        from modmoe.accounting import modules_that_fit
+
+        modules = modules_that_fit(resolved, fit_bytes, revision=revision)
+        resolved = resolve_recipe("convert", resolved, None, {"modules_per_expert": modules})
+    from modmoe.convert.run import convert as run
+
+    return run(
+        resolved,
+        _output("convert", output),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        revision=revision,
+        report=report,
+        progress=progress,
+    )
+
+
+def finetune(
+    source: Recipe | str | Path | None = None,
+    output: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    eval_tasks: Mapping[str, str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Train a converted model, or attached adapters, on the tasks' text.
+
+    ``source`` is the converted checkpoint. ``resume`` goes on from the last state in ``output``. Returns what
+    ``modmoe finetune --json`` prints.
+    """
+    from modmoe.finetune.train import finetune as run
+
+    resolved = resolve_recipe("finetune", source, recipe, keywords)
+    _need_source_and_tasks("finetune", resolved)
+    assert resolved.source is not None
+    return run(
+        _local(resolved.source, revision),
+        _output("finetune", output),
+        resolved,
+        eval_tasks=dict(eval_tasks or {}),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    *,
+    form: str = "tied",
+    target: str = "auto",
+    expert: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Write a converted model in a form that is given away. Returns what ``modmoe export --json`` prints.
+
+    ``form`` is tied, packed, native, dense or adapter; ``expert`` names the one that a dense export keeps.
+    """
+    from modmoe.export.run import export as run
+
+    return run(
+        _local(source, revision),
+        str(output),
+        form=form,
+        target=target,
+        expert=expert,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
+    )
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Return counts, sparsity and the experts of a checkpoint: what ``modmoe inspect --json`` prints."""
+    from modmoe.inspection import inspect as run
+
+    return run(str(directory))
+
+
+def evaluate(
+    source: str | Path,
+    tasks: Mapping[str, str],
+    *,
+    baseline: str | None = None,
+    tokens: int = 32768,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    expert: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Measure loss, perplexity, bits per byte and tokens a second of each task.
+
+    With a ``baseline``, each number has the ratio to the dense model's beside it. ``expert`` fixes the expert of a
+    model with task routing; by default a task is run with the expert of its name. Returns what ``modmoe eval --json``
+    prints.
+    """
+    from modmoe.finetune.evaluate import evaluate as run
+
+    return run(
+        _local(source, revision),
+        dict(tasks),
+        baseline=baseline,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        expert=expert,
+        seed=seed,
+    )
+
+
+def _local(source: str | Path, revision: str | None) -> str:
+    if revision is None:
+        return str(source)
+    from modmoe.checkpoint import resolve_source
+
+    return str(resolve_source(source, revision))
+
+
+def _need_source_and_tasks(step: str, recipe: Recipe) -> None:
+    if recipe.source is None:
+        raise RecipeError(f"{step}: no source is given; name a local directory or a Hub id.")
+    if not recipe.tasks:
+        raise RecipeError(f"{step}: no task is given; add --task NAME=FILE, or tasks: in a recipe.")
+
+
+def _output(step: str, output: str | Path | None) -> str:
+    if output is None:
+        raise RecipeError(f"{step}: no output directory is given.")
+    return str(output)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            flat.update(
+                {f"{item.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+            )
+        else:
+            flat[item.name] = value
+    return flat
