@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,11 +27,14 @@ class Console:
         self._bar: Any = None
         self._task: Any = None
         self._stage, self._said_s = "", 0.0
-        self._handler: logging.Handler | None = None
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Console:
         """Send stdout to stderr and calm the libraries down."""
-        self._stdout, sys.stdout = sys.stdout, sys.stderr
+        self._stdout = sys.stdout
+        self._undo.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.showwarning = _show_warning
         if not self.verbose:
             for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
                 os.environ.setdefault(name, "error")
@@ -40,18 +44,16 @@ class Console:
             warnings.filterwarnings("default", module=r"modmoe\b")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         logger = logging.getLogger("modmoe")
-        self._handler = logging.StreamHandler(sys.stderr)
-        self._handler.setFormatter(logging.Formatter("modmoe: %(message)s"))
-        logger.addHandler(self._handler)
+        handler = _StderrHandler()
+        logger.addHandler(handler)
+        self._undo.callback(logger.removeHandler, handler)
         logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Put stdout back."""
         self._end_bar()
-        sys.stdout = self._stdout
-        if self._handler is not None:
-            logging.getLogger("modmoe").removeHandler(self._handler)
+        self._undo.close()
 
     def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Say what a step is doing: a bar on a terminal, otherwise a line, at most one every few seconds a stage."""
@@ -110,6 +112,18 @@ class Console:
             self._bar = self._task = None
 
 
+class _StderrHandler(logging.Handler):
+    """Prints log lines to whatever stderr is at that moment, so that they land above a bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(f"modmoe: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"modmoe: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
     """Print a result as small tables: single values first, then one table for each list or mapping of mappings."""
     values: list[tuple[str, str]] = []
@@ -137,7 +151,9 @@ def _draw_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns))
+    table = Table(
+        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns)
+    )
     for number, column in enumerate(columns or ("", "")):
         table.add_column(column, justify="right" if columns and number else "left")
     for row in rows:
@@ -168,6 +184,8 @@ def _words(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_words(name, item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            return "-"
         words = [_words(key, item) for item in value]
         return words[0] + f" (each of {len(words)})" if len(words) > 3 and len(set(words)) == 1 else ", ".join(words)
     return str(value)

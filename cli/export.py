@@ -48,10 +48,10 @@ def export(
 
     \b
     tied     every module once, with the code that runs it
-    packed   modules as ordinary experts, the router choosing modules
     native   an architecture that other tools know, experts copied out
     dense    one expert as a dense model of the original family
-    adapter  the adapters alone
+    packed   modules as ordinary experts, the router choosing modules (not built yet)
+    adapter  the adapters alone (not built yet)
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         flags.choose("--format", file_format, ("safetensors",))

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        code = app(list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(None if arguments is None else list(arguments), prog_name="modmoe", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ModmoeError as error:
         return _fail(str(error))

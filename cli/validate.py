@@ -9,6 +9,7 @@ import typer
 
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.errors import ModmoeError
 
 EPILOG = flags.examples("modmoe validate my-recipe.yaml", "modmoe validate my-recipe.yaml -q && echo fine")
 
@@ -21,11 +22,14 @@ def validate(
 ) -> None:
     """Check a recipe strictly and print it with every default filled in."""
     from modmoe.recipe import dump_recipe, load_recipe
-    from modmoe.steps import check_method
+    from modmoe.steps import check_recipe
 
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         resolved = load_recipe(recipe)
-        check_method(resolved.method, where=f"{recipe}: ")
+        try:
+            check_recipe(resolved)
+        except ModmoeError as error:
+            raise type(error)(f"{recipe}: {error}") from error
         if as_json:
             console.finish({"ok": True, "recipe": dataclasses.asdict(resolved)})
         elif not quiet:

@@ -265,6 +265,7 @@ def modules_that_fit(recipe: Recipe, budget_bytes: int, *, revision: str | None 
     assert recipe.source is not None
     checkpoint = Checkpoint(resolve_source(recipe.source, revision))
     family = family_of(checkpoint.config, recipe.family)
+    checkpoint.add_prefix(family.layers)
     layers, neurons = layers_of(checkpoint.config), neurons_of(checkpoint.config, family)
     num_modules, shared = recipe.partition.num_modules, recipe.assignment.shared_modules
     if neurons % num_modules:
@@ -298,13 +299,11 @@ def dense_neurons(checkpoint: Checkpoint, family: Family, layers: int) -> list[s
         needed = [f"{path}.weight" for path in dict.fromkeys((family.gate, family.up, family.down)) if path]
         optional = [f"{path}.bias" for path in dict.fromkeys((family.gate, family.up)) if path]
         for path in needed + optional:
-            full = f"{family.layers}.{layer}.{path}"
-            # a checkpoint of the model without its head lacks the first word
-            found = next((name for name in (full, full.partition(".")[2]) if name in checkpoint), None)
-            if found is not None:
-                names.append(found)
+            name = f"{family.layers}.{layer}.{path}"
+            if name in checkpoint:
+                names.append(name)
             elif path in needed:
-                raise CheckpointError(f"{checkpoint.directory}: '{full}' is missing; is `family:` right?")
+                raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; is `family:` right?")
     return names
 
 

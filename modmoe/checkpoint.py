@@ -97,8 +97,8 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.directory}: {loose[0]} without {INDEX}; fetch the index too.")
         if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
             raise CheckpointError(
-                f"{self.directory}: holds pickled weights only, which can run code when read. If you trust them, convert "
-                'them: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"{self.directory}: holds pickled weights only, which can run code when read. If you trust them, "
+                'convert them: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.directory}').save_pretrained('{self.directory}-safetensors')\""
             )
         raise CheckpointError(f"{self.directory}: no {SINGLE} and no {INDEX}.")
@@ -150,7 +150,8 @@ class Checkpoint(Mapping[str, Tensor]):
         bare = [name for name in self._where if name.startswith(f"{rest}.")]
         if bare and not any(name.startswith(f"{layers}.") for name in self._where):
             self._where = {
-                name if name.startswith("lm_head.") else f"{prefix}.{name}": place for name, place in self._where.items()
+                name if name.startswith("lm_head.") else f"{prefix}.{name}": place
+                for name, place in self._where.items()
             }
 
     def check_finite(self) -> None:
@@ -171,7 +172,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write into ``directory``, which must exist, in shards of at most ``max_shard_bytes`` (a larger tensor is alone)."""
+        """Write into the existing ``directory`` in shards of at most ``max_shard_bytes``; a larger tensor is alone."""
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
         self.sums: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,8 @@
 """One row per dense architecture: where its FFNs lie. Data, no code of any model.
 
-A row names modules by their dotted path inside a decoder layer. The dense layout is the family's own (fused, transposed,
-biased); the tied layout is the same for all: ``{layers}.{i}.{ffn}.gate_proj|up_proj|down_proj`` as plain linear layers.
+A row names modules by their dotted path inside a decoder layer. The dense layout is the family's own (fused,
+transposed, biased); the tied layout is the same for all: ``{layers}.{i}.{ffn}.gate_proj|up_proj|down_proj`` as plain
+linear layers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Family:
     ffn: str = "mlp"
     """Path in a layer of the submodule that maps the FFN's input to its output once the model is tied."""
     gate: str | None = "mlp.gate_proj"
-    """Path in a layer of the gate projection; None where the FFN has none. Equal to ``up`` where both are one tensor."""
+    """Path in a layer of the gate projection; None where there is none. Equal to ``up`` where both are one tensor."""
     up: str = "mlp.up_proj"
     """Path in a layer of the up projection."""
     down: str = "mlp.down_proj"
@@ -90,7 +91,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], described: Mapping[str, Any] | None = None, where: str = "config.json") -> Family:
+def family_of(
+    config: Mapping[str, Any], described: Mapping[str, Any] | None = None, where: str = "config.json"
+) -> Family:
     """Return the row for a checkpoint's configuration.
 
     Args:
@@ -125,7 +128,7 @@ def family_of(config: Mapping[str, Any], described: Mapping[str, Any] | None = N
 def neurons_of(config: Mapping[str, Any], family: Family) -> int:
     """Return the number of neurons F of each FFN, from the configuration alone.
 
-    GPT-2 writes ``n_inner: null`` for 4 * n_embd. Raises CheckpointError where the key is absent or not a positive integer.
+    GPT-2 writes ``n_inner: null`` for 4 * n_embd. Raises CheckpointError where the key is absent or not positive.
     """
     value = config.get(family.width)
     if value is None and family.model_type == "gpt2":

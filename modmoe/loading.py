@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modmoe.checkpoint import Checkpoint, read_config, resolve_source
 from modmoe.errors import CheckpointError, RecipeError
-from modmoe.modeling import configuration_modmoe, modeling_modmoe
+from modmoe.modeling import modeling_modmoe
 
 TIED_PREFIX = "modmoe_"
 
@@ -41,8 +42,9 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal LM, dense or tied, in evaluation mode.
 
-    A tied model is built from this package's classes: the code that lies beside its weights is not executed. Code of the
-    checkpoint's own architecture is executed with ``trust_remote_code`` only. ``dtype`` None keeps the checkpoint's.
+    A tied model is built from this package's classes: the code that lies beside its weights is not executed. Code of
+    an architecture of the checkpoint's own is executed with ``trust_remote_code`` only. ``dtype`` None keeps the
+    checkpoint's.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unknown, or has own code and is not trusted.
@@ -90,9 +92,16 @@ def own_code(config: dict[str, Any]) -> dict[str, str]:
 def _check_code(directory: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
     model_type = config.get("model_type")
     code = own_code(config)
+    if code and "AutoConfig" not in code:
+        raise CheckpointError(f"{directory}/config.json: auto_map lacks AutoConfig.")
+    if code and "AutoModelForCausalLM" not in code:
+        raise CheckpointError(
+            f"{directory}/config.json: auto_map lacks AutoModelForCausalLM; only causal LMs are known."
+        )
     if code and not trust_remote_code:
         raise CheckpointError(
-            f"{directory}: '{model_type}' is defined by Python files in the checkpoint ({code.get('AutoModelForCausalLM')}); "
+            f"{directory}: '{model_type}' is defined by Python files in the checkpoint "
+            f"({code.get('AutoModelForCausalLM')}); "
             "read them, then pass --trust-remote-code to execute them."
         )
     if not code and not str(model_type).startswith(TIED_PREFIX) and model_type not in CONFIG_MAPPING:
@@ -103,27 +112,34 @@ def _tied_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     code = own_code(config)
     if code:
         base = get_class_from_dynamic_module(code["AutoModelForCausalLM"], directory)
-        model_type = modeling_modmoe.model_class(base)
+        model_type: Any = modeling_modmoe.model_class(base)
         return model_type, model_type.config_class
     names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not str(names[0]).endswith("ForCausalLM"):
+    if not isinstance(names, list) or len(names) != 1 or not str(names[0]).startswith("ModMoE"):
         raise CheckpointError(f"{directory}/config.json: architectures is {names!r}; it must name one causal LM.")
     model_type = getattr(modeling_modmoe, str(names[0]))
     return model_type, model_type.config_class
 
 
-def dense_classes(source: Path, *, trust_remote_code: bool) -> tuple[type, type]:
-    """Return a dense checkpoint's configuration class and causal LM class, executing own code only if trusted."""
+@dataclass(frozen=True, slots=True)
+class DenseClasses:
+    """The classes of a dense architecture."""
+
+    config: Any
+    model: Any
+    """The model without a head; None where own code names none."""
+    causal_lm: Any
+
+
+def dense_classes(source: Path, *, trust_remote_code: bool) -> DenseClasses:
+    """Return a dense checkpoint's classes, executing own code only if trusted; CheckpointError otherwise."""
     config = read_config(source)
     _check_code(source, config, trust_remote_code)
     code = own_code(config)
     if code:
-        return (
-            get_class_from_dynamic_module(code["AutoConfig"], source),
-            get_class_from_dynamic_module(code["AutoModelForCausalLM"], source),
-        )
-    loaded = AutoConfig.from_pretrained(source)
-    return type(loaded), AutoModelForCausalLM._model_mapping[type(loaded)]
-
-
-__all__ = ["TIED_PREFIX", "configuration_modmoe", "dense_classes", "is_tied", "load", "load_tokenizer", "own_code", "pick_device"]
+        found = {key: get_class_from_dynamic_module(value, source) for key, value in code.items()}
+        return DenseClasses(found["AutoConfig"], found.get("AutoModel"), found["AutoModelForCausalLM"])
+    kind = type(AutoConfig.from_pretrained(source))
+    if kind not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(f"{source}: '{config.get('model_type')}' has no causal language model in transformers.")
+    return DenseClasses(kind, AutoModel._model_mapping[kind], AutoModelForCausalLM._model_mapping[kind])

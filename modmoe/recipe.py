@@ -1,4 +1,4 @@
-"""The recipe: a tree of frozen dataclasses that a YAML file or flags become. Unknown keys and wrong types are refused."""
+"""The recipe: a tree of frozen dataclasses that a YAML file or flags become. Unknown keys, wrong types are refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class FinetuneRecipe:
     """How a model is trained after conversion."""
 
     train: Literal["router", "lora", "full", "adapters"] = "full"
-    """What learns: the routers, LoRA on the FFN's shared matrices (merged at the end), every weight, or attached adapters."""
+    """What learns: routers, LoRA on the FFN's shared matrices (merged at the end), every weight, or adapters."""
     distill_from: str | None = None
     """The dense model whose next-token distributions are learned; None trains on the text alone."""
     distill_weight: float = 0.5
@@ -262,7 +262,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
 
 
 def _fit(hint: Any, value: Any, place: str) -> Any:
-    """Return ``value`` as the type ``hint`` or raise; YAML reads 1e-4 as a string and True is an int, so both are seen to."""
+    """Return ``value`` as the type ``hint`` or raise; YAML reads 1e-4 as a string, and True is an int."""
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

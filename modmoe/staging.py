@@ -48,7 +48,9 @@ def open_output(out: str | Path, *, overwrite: bool = False, resume: bool = Fals
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RecipeError(f"{path}: another run is writing there; wait for it or name another directory.") from error
+            raise RecipeError(
+                f"{path}: another run is writing there; wait for it or name another directory."
+            ) from error
         if partial.exists() and not resume:
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)

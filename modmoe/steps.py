@@ -68,8 +68,6 @@ _FINETUNING = {
         "save_steps",
     )
 }
-METHODS = ("modular",)
-"""Conversions that there are."""
 FORMS = ("tied", "packed", "native", "dense", "adapter")
 """Forms of an export."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -123,10 +121,29 @@ def resolve_recipe(
     return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides)
 
 
-def check_method(method: str, where: str = "") -> None:
-    """Raise RecipeError, with the methods that there are, if ``method`` is none of them."""
-    if method not in METHODS:
-        raise RecipeError(f"{where}method: no method '{method}'; there is {', '.join(METHODS)}.")
+def check_recipe(recipe: Recipe) -> None:
+    """Check what a recipe names against the tables of methods, and its numbers against each other.
+
+    Raises RecipeError or PartitionError as a conversion would, before anything is read.
+    """
+    from modmoe.analyze.partition import find_partitioner
+    from modmoe.analyze.score import SCORES
+    from modmoe.convert.assignment import ASSIGNMENTS
+    from modmoe.convert.run import METHODS, check_experts
+    from modmoe.families import family_of
+
+    find_partitioner(recipe.partition.method)
+    for place, name, known in (
+        ("method", recipe.method, METHODS),
+        ("assignment.method", recipe.assignment.method, tuple(ASSIGNMENTS)),
+        ("assignment.score", recipe.assignment.score, tuple(SCORES)),
+    ):
+        if name not in known:
+            raise RecipeError(f"{place}: there is no '{name}'.{did_you_mean(name, known)}")
+    if recipe.family is not None:
+        family_of({}, recipe.family)
+    if recipe.tasks:
+        check_experts(recipe)
 
 
 def analyze(
@@ -144,10 +161,10 @@ def analyze(
 
     Returns what ``modmoe analyze --json`` prints. Raises ModmoeError kinds for what the caller can mend.
     """
-    from modmoe.analyze.run import analyze as run
-
     resolved = resolve_recipe("analyze", source, recipe, keywords)
     _need_source_and_tasks("analyze", resolved)
+    from modmoe.analyze.run import analyze as run
+
     return run(
         resolved,
         _output("analyze", output),
@@ -178,7 +195,6 @@ def convert(
     will cost.
     """
     resolved = resolve_recipe("convert", source, recipe, keywords)
-    check_method(resolved.method)
     _need_source_and_tasks("convert", resolved)
     if fit_bytes is not None:
         if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
@@ -217,10 +233,10 @@ def finetune(
     ``source`` is the converted checkpoint. ``resume`` goes on from the last state in ``output``. Returns what
     ``modmoe finetune --json`` prints.
     """
-    from modmoe.finetune.train import finetune as run
-
     resolved = resolve_recipe("finetune", source, recipe, keywords)
     _need_source_and_tasks("finetune", resolved)
+    from modmoe.finetune.train import finetune as run
+
     assert resolved.source is not None
     return run(
         _local(resolved.source, revision),

@@ -28,8 +28,8 @@ def module_outputs(ffn, x_D: Tensor) -> list[Tensor]:
 def tied_ffn(ffn, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return the layer's output for the experts chosen: every module at most once a token.
 
-    ``union``: a module counts as it is if any chosen expert has it; its gradient to the weights is that of the logarithm
-    of their sum. ``sum`` with several experts: it counts with the sum of the weights of the chosen experts that have it.
+    ``union``: a module counts as it is if any chosen expert has it; its gradient to the weights is that of the
+    logarithm of their sum. ``sum`` with several experts: it counts with the sum of the weights of those that have it.
     """
     rows = []
     for x_D, ids_K, weights_K in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):

@@ -2,9 +2,9 @@
 
 A transport problem with k equal demands. Prices of the bins are found first, as in entropic optimal transport
 (Sinkhorn; https://arxiv.org/abs/1306.0895); each point then goes where cost plus price is least, which is optimal for
-the bin sizes that come out, and those are nearly right. The excess moves along shortest paths of the exchange graph: its
-nodes are the bins and its edge a -> b is the cheapest move of one point from a to b. Successive shortest paths keep the
-assignment optimal for its sizes (Ahuja, Magnanti and Orlin, Network Flows, section 9.7), so the result is the exact
+the bin sizes that come out, and those are nearly right. The excess moves along shortest paths of the exchange graph:
+its nodes are the bins and its edge a -> b is the cheapest move of one point from a to b. Successive shortest paths keep
+the assignment optimal for its sizes (Ahuja, Magnanti and Orlin, Network Flows, section 9.7), so the result is the exact
 optimum, to rounding.
 """
 
@@ -66,8 +66,6 @@ def shortest_path(
         best_K = reach.argmin(0)
         value_K = reach[best_K, np.arange(len(edge_KK))]
         better_K = value_K < distance_K - tolerance
-        # a source starts at nothing; where a path leads back to one, the other source alone would do
-        better_K &= ~is_source_K
         distance_K[better_K] = value_K[better_K]
         parent_K[better_K] = changed[best_K[better_K]]
         changed = np.flatnonzero(better_K)

@@ -301,7 +301,7 @@ def _parse_text(text: str) -> Rows:
 
 
 def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
         file = parquet.ParquetFile(path)

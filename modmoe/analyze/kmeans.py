@@ -1,7 +1,7 @@
 """Modules of neurons with like keys: balanced k-means on the rows that decide when a neuron is active.
 
-Keys as features: EMoE, https://arxiv.org/abs/2310.10908. Every Lloyd step assigns with the exact optimum of the balanced
-problem, so the objective never rises.
+Keys as features: EMoE, https://arxiv.org/abs/2310.10908. Every Lloyd step assigns with the exact optimum of the
+balanced problem, so the objective never rises.
 """
 
 # Shapes: F neurons, X features, M modules

@@ -79,13 +79,14 @@ class ActivationProfile:
         names = tuple(dict.fromkeys(self.task_names + other.task_names))
 
         def add(field: str) -> Tensor | None:
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if (mine is None) != (theirs is None) or (mine is not None and mine.shape[1:] != theirs.shape[1:]):
+            mine: Tensor | None = getattr(self, field)
+            theirs: Tensor | None = getattr(other, field)
+            if mine is None and theirs is None:
+                return None
+            if mine is None or theirs is None or mine.shape[1:] != theirs.shape[1:]:
                 raise CalibrationError(
                     f"profile: {field} differs in kind between the two; profile both in the same way."
                 )
-            if mine is None:
-                return None
             total = mine.new_zeros(len(names), *mine.shape[1:])
             for profile, part in ((self, mine), (other, theirs)):
                 total[[names.index(name) for name in profile.task_names]] += part
@@ -154,7 +155,10 @@ def profile_model(
             return None
         tracked = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         mask, row = mask_BT, task
-        tracked.register_hook(lambda gradient: layers[layer].add_taylor(row, rows_TF, real_rows(gradient, mask)))
+        # the lambda runs in this batch's backward pass, before the names below are bound anew
+        tracked.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: layers[layer].add_taylor(task, rows_TF, real_rows(gradient, mask_BT))
+        )
         return tracked
 
     with frozen(model), torch.set_grad_enabled(gradients), watched(model, family, on_hidden=watch):
@@ -237,7 +241,7 @@ class _Sums:
         self.rows.append(rows_TF[chosen.to(rows_TF.device)].float().cpu())
         sum_PF, abs_PF, square_PF, active_PF = (self._vector(field, rows_TF, width) for field in _VECTORS)
         # in pieces that stay in the cache: float64 copies of a whole batch would be the largest tensors of the pass
-        for part_TF in rows_TF.split(max(1, _CHUNK_NUMBERS // width)):
+        for part_TF in torch.split(rows_TF, max(1, _CHUNK_NUMBERS // width)):
             wide_TF = part_TF.double()
             sum_PF[task] += wide_TF.sum(0)
             square_PF[task] += torch.linalg.vecdot(wide_TF, wide_TF, dim=0)
@@ -253,17 +257,17 @@ class _Sums:
         order_F = partition.permutation_F.to(rows_TF.device)
         wide = torch.promote_types(rows_TF.dtype, torch.float32)
         if self.gram_Mmm is None:
-            down_MDm = down_DF.detach()[:, order_F].to(wide).unflatten(1, (partition.num_modules, -1)).movedim(1, 0)
+            down_MDm = down_DF.detach()[:, order_F].to(wide).view(len(down_DF), partition.num_modules, -1).movedim(1, 0)
             self.gram_Mmm = down_MDm.mT @ down_MDm
-        hidden_MTm = rows_TF[:, order_F].to(wide).unflatten(1, (partition.num_modules, -1)).movedim(1, 0)
-        square_MT = torch.linalg.vecdot(hidden_MTm @ self.gram_Mmm, hidden_MTm)
+        hidden_MTm = rows_TF[:, order_F].to(wide).view(len(rows_TF), partition.num_modules, -1).movedim(1, 0)
+        square_MT: Tensor = torch.linalg.vecdot(hidden_MTm @ self.gram_Mmm, hidden_MTm)
         return square_MT.clamp_min(0).sqrt().T
 
     @torch.no_grad()
     def add_taylor(self, task: int, rows_TF: Tensor, gradient_TF: Tensor) -> None:
         taylor_PF = self._vector("taylor_PF", rows_TF, rows_TF.shape[1])
         size = max(1, _CHUNK_NUMBERS // rows_TF.shape[1])
-        for part_TF, slope_TF in zip(rows_TF.split(size), gradient_TF.split(size), strict=True):
+        for part_TF, slope_TF in zip(torch.split(rows_TF, size), torch.split(gradient_TF, size), strict=True):
             taylor_PF[task] += (part_TF.double() * slope_TF.double()).abs_().sum(0)
 
     def finish(self, names: tuple[str, ...], tokens_P: Tensor, layer: int) -> ActivationProfile:
@@ -276,7 +280,10 @@ class _Sums:
         return ActivationProfile(
             names,
             tokens_P,
-            *(vectors[field] for field in _VECTORS),
+            vectors["sum_PF"],
+            vectors["abs_PF"],
+            vectors["square_PF"],
+            vectors["active_PF"],
             vectors.get("taylor_PF"),
             torch.cat(self.rows),
             int(tokens_P.sum()),
@@ -296,7 +303,7 @@ def _backward(model: nn.Module, batch: Batch) -> None:
         ignore_index=-100,
         reduction="sum",
     )
-    loss.backward()
+    torch.autograd.backward(loss)
 
 
 def _check_partitions(model: nn.Module, family: Family, partitions: Sequence[Partition], layers: int) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from modmoe.checkpoint import Checkpoint, resolve_source, write_json
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.families import Family, family_of, layers_of, neurons_of
 from modmoe.ffn import FFNWeights, read_ffn
-from modmoe.loading import TIED_PREFIX, dense_classes, load, load_tokenizer
+from modmoe.loading import TIED_PREFIX, DenseClasses, dense_classes, load, load_tokenizer
 from modmoe.recipe import Recipe, dump_recipe
 from modmoe.staging import check_output, open_output
 
@@ -37,8 +36,7 @@ class Source:
     family: Family
     settings: dict[str, Any]
     """The configuration with its defaults filled in; config.json may leave them out."""
-    architecture: str
-    """Name of the causal LM class."""
+    classes: DenseClasses
     num_layers: int
     neurons: int
     texts: dict[str, Any]
@@ -79,8 +77,8 @@ def open_source(recipe: Recipe, revision: str | None = None) -> Source:
     if str(checkpoint.config.get("model_type", "")).startswith(TIED_PREFIX):
         raise CheckpointError(f"{directory}: is a ModularMoE checkpoint already; name the dense one.")
     family = family_of(checkpoint.config, recipe.family, str(directory / "config.json"))
-    config_type, model_type = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
-    settings = config_type.from_pretrained(directory).to_dict()  # type: ignore[attr-defined]
+    classes = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
+    settings = classes.config.from_pretrained(directory).to_dict()
     checkpoint.add_prefix(family.layers)
     neurons = neurons_of(settings, family)
     check_num_modules(neurons, recipe.partition.num_modules)
@@ -88,17 +86,21 @@ def open_source(recipe: Recipe, revision: str | None = None) -> Source:
     _check_ffns(checkpoint, family, num_layers, neurons)
     texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
     checkpoint.check_finite()
-    return Source(checkpoint, family, settings, model_type.__name__, num_layers, neurons, texts)
+    return Source(checkpoint, family, settings, classes, num_layers, neurons, texts)
 
 
 def _check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons: int) -> None:
     for layer in range(num_layers):
         name = f"{family.layers}.{layer}.{family.up}.weight"
         if name not in checkpoint:
-            raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; does the family's row fit the checkpoint?")
+            raise CheckpointError(
+                f"{checkpoint.directory}: '{name}' is missing; does the family's row fit the checkpoint?"
+            )
         rows = checkpoint.shape(name)[1 if family.transposed else 0]
         if rows != neurons * (2 if family.fused else 1):
-            raise CheckpointError(f"{checkpoint.directory}: '{name}' has {rows} rows where config.json says {neurons} neurons.")
+            raise CheckpointError(
+                f"{checkpoint.directory}: '{name}' has {rows} rows where config.json says {neurons} neurons."
+            )
 
 
 def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analysis:
@@ -123,16 +125,15 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analys
     clusters = recipe.assignment.num_experts
     if len(batches) == 1 and clusters is not None and clusters > 1:
         batches = cluster_sequences(model, next(iter(batches.values())), clusters, recipe.seed)
-    total = sum(map(len, batches.values()))
+    total = sum(tokens_by_task(batches).values())
     needs_gradients = recipe.assignment.score == "taylor"
-    progress("profiling", 0, total)
     profiles = profile_model(
         model,
         source.family,
         batches,
         gradients=needs_gradients,
         seed=recipe.seed,
-        progress=partial(_step, progress, "profiling", total),
+        progress=counter(progress, "profiling tokens", total),
     )
     state = dict(source.checkpoint.items())
     ffns = [read_ffn(state, source.family, layer) for layer in range(source.num_layers)]
@@ -150,7 +151,7 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analys
             batches,
             partitions=partitions,
             seed=recipe.seed,
-            progress=partial(_step, progress, "measuring modules", total),
+            progress=counter(progress, "measuring modules, tokens", total),
         )
     scores_PM = [
         module_scores(recipe.assignment.score, profile, weights, partition)
@@ -159,8 +160,17 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analys
     return Analysis(source, model, tokenizer, batches, ffns, profiles, partitions, scores_PM)
 
 
-def _step(progress: Progress, message: str, total: int, done: int) -> None:
-    progress(message, done, total)
+def counter(progress: Progress, message: str, total: int) -> Callable[[int], None]:
+    """Return a function that adds the tokens it is called with and reports the sum."""
+    done = 0
+
+    def add(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(message, done, total)
+
+    progress(message, 0, total)
+    return add
 
 
 def save_analysis(directory: Path, analysis: Analysis) -> None:

@@ -54,7 +54,7 @@ def write_code(directory: Path, config: dict[str, Any], source: Path) -> list[st
 def own_files(config: dict[str, Any], source: Path) -> dict[str, str]:
     """Return the text of an architecture's own Python files by name: those that auto_map names and what they import.
 
-    ``config`` is the tied configuration or the dense one; the answer is empty where transformers knows the architecture.
+    ``config`` is the tied or the dense configuration; the answer is empty where transformers knows the architecture.
     """
     texts: dict[str, str] = {}
     waiting = sorted({_reference(value)[0] for value in own_code(config).values()})
@@ -102,4 +102,4 @@ def _added_models(code: dict[str, str]) -> str:
         lines.append(f"from .{module} import {name}  # noqa: E402")
         # code of one's own may leave config_class to a parent, whose configuration is another
         calls += [f"{name}.config_class = {config_name}", f"model_class({name})"]
-    return "\n\n" + "\n".join(lines + ["", *calls]) + "\n"
+    return "\n\n" + "\n".join([*lines, "", *calls]) + "\n"

@@ -1,8 +1,8 @@
 """ModularMoE: one dense FFN becomes experts that are sets of shared modules.
 
-    ModularMoE (Liu et al., Findings of ACL 2026, 2026.findings-acl.174): the feed-forward layers are split into disjoint
-    modules, and each expert is a combination of such modules. The abstract says no more; how modules are found, scored
-    and given to experts is this package's choice and stands in the recipe.
+    ModularMoE (Liu et al., Findings of ACL 2026, 2026.findings-acl.174): the feed-forward layers are split into
+    disjoint modules, and each expert is a combination of such modules. The abstract says no more; how modules are
+    found, scored and given to experts is this package's choice and stands in the recipe.
 
 The tied layout is the dense FFN with its neurons reordered: the modules that every expert has first, then an order in
 which each expert's modules form few runs. Modules that no expert has are left out.
@@ -27,6 +27,7 @@ from modmoe.convert.assignment import Assignment, seriate
 from modmoe.convert.plan import Const, Copy, Op, Plan, Take
 from modmoe.convert.routers import RouterStart
 from modmoe.families import Family, neurons_of
+from modmoe.loading import DenseClasses
 from modmoe.recipe import Recipe
 
 
@@ -37,7 +38,7 @@ def modular_plan(
     partitions: Sequence[Partition],
     assignments: Sequence[Assignment],
     starts: Sequence[RouterStart],
-    architecture: str,
+    classes: DenseClasses,
     settings: Mapping[str, Any],
 ) -> Plan:
     """Return the plan of the tied checkpoint; reads headers only.
@@ -49,7 +50,7 @@ def modular_plan(
         partitions: one a layer.
         assignments: one a layer, over the partition's modules.
         starts: one a layer, the routers to begin with.
-        architecture: name of the dense causal LM class, such as ``LlamaForCausalLM``.
+        classes: the dense architecture's.
         settings: the dense configuration with its defaults filled in; config.json may leave them out.
     """
     orders = [seriate(assignment.membership_EM) for assignment in assignments]
@@ -66,14 +67,14 @@ def modular_plan(
         ops.update(made)
     kept: dict[str, Op] = {name: Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
-    config.update(_fields(source, family, recipe, partitions[0], assignments[0], starts[0], architecture, settings))
+    config.update(_fields(source, family, recipe, partitions[0], assignments[0], starts[0], classes, settings))
     config["stored_modules"] = [len(order_S) for order_S in orders]
     return Plan(config, {**kept, **ops})
 
 
 def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
     """Return the dense neuron that each stored neuron is, module after module."""
-    return partition.permutation_F.unflatten(0, (partition.num_modules, -1))[order_S].flatten()
+    return partition.permutation_F.reshape(partition.num_modules, -1)[order_S].flatten()
 
 
 def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partition, order_S: Tensor) -> dict[str, Op]:
@@ -123,22 +124,23 @@ def _fields(
     partition: Partition,
     assignment: Assignment,
     start: RouterStart,
-    architecture: str,
+    classes: DenseClasses,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    stem = architecture.removesuffix("ForCausalLM")
     first_layer = f"{family.layers}.0."
     roles = (("gate", family.gate), ("up", family.up), ("down", family.down))
     biases = [role for role, path in roles if path is not None and f"{first_layer}{path}.bias" in source]
+    auto_map = {
+        "AutoConfig": f"configuration_modmoe.ModMoE{classes.config.__name__}",
+        "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{classes.causal_lm.__name__}",
+    }
+    if classes.model is not None:
+        auto_map["AutoModel"] = f"modeling_modmoe.ModMoE{classes.model.__name__}"
     dense = {key: source.config[key] for key in ("model_type", "architectures", "auto_map") if key in source.config}
     return {
         "model_type": f"modmoe_{source.config['model_type']}",
-        "architectures": [f"ModMoE{architecture}"],
-        "auto_map": {
-            "AutoConfig": f"configuration_modmoe.ModMoE{stem}Config",
-            "AutoModel": f"modeling_modmoe.ModMoE{stem}Model",
-            "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{architecture}",
-        },
+        "architectures": [f"ModMoE{classes.causal_lm.__name__}"],
+        "auto_map": auto_map,
         "num_modules": partition.num_modules,
         "module_size": partition.module_size,
         "num_experts": len(assignment.expert_names),

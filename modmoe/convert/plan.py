@@ -127,7 +127,7 @@ class Const:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A whole checkpoint to be: its configuration, an op for each tensor, and the source tensors left out on purpose."""
+    """A whole checkpoint to be: its configuration, an op for each tensor, and the source tensors left out."""
 
     config: dict[str, Any]
     ops: dict[str, Op]
@@ -151,7 +151,9 @@ class Plan:
             try:
                 made[name] = op.shape(shapes)
             except ValueError as error:
-                raise PlanError(f"{source.directory}: {op.inputs[0]!r} {error}; does config.json fit the weights?") from error
+                raise PlanError(
+                    f"{source.directory}: {op.inputs[0]!r} {error}; does config.json fit the weights?"
+                ) from error
         return made
 
     def run(self, source: Mapping[str, Tensor], writer: CheckpointWriter, dtype: torch.dtype | None = None) -> None:

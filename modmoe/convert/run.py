@@ -7,7 +7,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,20 @@ import torch
 from transformers import PreTrainedModel
 
 from modmoe.analyze.calibration import Batch
-from modmoe.analyze.run import Analysis, Progress, Source, analyze_source, open_source, save_analysis, save_recipe, silent
+from modmoe.analyze.run import (
+    Analysis,
+    Progress,
+    Source,
+    analyze_source,
+    counter,
+    open_source,
+    save_analysis,
+    save_recipe,
+    silent,
+    tokens_by_task,
+)
 from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
-from modmoe.convert.assignment import ASSIGNMENTS, Assignment, seriate
+from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.code import write_code
 from modmoe.convert.modular import modular_plan, neuron_order
 from modmoe.convert.routers import RouterStart, start_routers
@@ -73,7 +83,7 @@ def convert(
             analysis.partitions,
             assignments,
             starts,
-            source.architecture,
+            source.classes,
             source.settings,
         )
         plan.check(checkpoint)
@@ -116,7 +126,9 @@ def check_experts(recipe: Recipe) -> None:
             "to have its sequences clustered."
         )
     if per_expert > modules:
-        raise PartitionError(f"assignment.modules_per_expert: {per_expert} is more than the {modules} modules there are.")
+        raise PartitionError(
+            f"assignment.modules_per_expert: {per_expert} is more than the {modules} modules there are."
+        )
     if wanted.shared_modules > per_expert:
         raise PartitionError(
             f"assignment.shared_modules: {wanted.shared_modules} is more than the {per_expert} modules of an expert."
@@ -155,7 +167,7 @@ def make_assignments(recipe: Recipe, analysis: Analysis) -> list[Assignment]:
 def _start_routers(
     recipe: Recipe, analysis: Analysis, assignments: list[Assignment], progress: Progress
 ) -> list[RouterStart]:
-    total = sum(map(len, analysis.batches.values())) * (2 if recipe.router.compensation else 1)
+    total = sum(tokens_by_task(analysis.batches).values()) * (2 if recipe.router.compensation else 1)
     return start_routers(
         analysis.model,
         analysis.source.family,
@@ -165,7 +177,7 @@ def _start_routers(
         assignments,
         recipe.router,
         recipe.seed,
-        progress=lambda done: progress("starting routers", done, total),
+        progress=counter(progress, "starting routers, tokens", total),
     )
 
 
@@ -177,9 +189,7 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
     sizes = {name: torch.Size(checkpoint.shape(name)).numel() for name in checkpoint}
     dense = sum(sizes.values())
     paths = {path for path in (family.gate, family.up, family.down) if path is not None}
-    ffn = sum(
-        sizes[f"{family.layers}.{layer}.{path}.weight"] for layer in range(source.num_layers) for path in paths
-    )
+    ffn = sum(sizes[f"{family.layers}.{layer}.{path}.weight"] for layer in range(source.num_layers) for path in paths)
     stored = min(modules, experts * (per_expert - shared) + shared)
     tokens = recipe.calibration.tokens * len(recipe.tasks)
     return {
@@ -227,7 +237,9 @@ def verify_all_on(directory: Path, analysis: Analysis, assignments: list[Assignm
     scale = float(wanted[counted].abs().max())
     limit = (1e-8 if small else 1e-3) * max(scale, 1.0)
     if not difference <= limit:
-        raise PlanError(f"{directory}: with all modules on the logits differ from the dense model's by {difference:.3g}.")
+        raise PlanError(
+            f"{directory}: with all modules on the logits differ from the dense model's by {difference:.3g}."
+        )
     return {
         "max_abs_logit_diff_all_on": difference,
         "dtype": str(dtype).removeprefix("torch."),
@@ -253,6 +265,3 @@ def peak_rss_bytes() -> int:
     """Return the most memory this process has had resident so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-__all__ = ["METHODS", "convert", "count_experts", "modules_per_expert", "partial", "seriate"]

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from modmoe.demo.arithmetic import Problem, iterate_problems
+from modmoe.errors import CalibrationError
 
 DOMAINS = ("code", "docs", "arithmetic")
 SPLITS = ("train", "held_out")
@@ -55,7 +56,7 @@ def documents(domain: str, split: str, *, seed: int = 0, limit_chars: int | None
 
     Raises:
         ValueError: the domain or the split is unknown.
-        FileNotFoundError: this Python was installed without the source of its library.
+        CalibrationError: this Python was installed without the source of its library.
     """
     _check_choice("domain", domain, DOMAINS)
     _check_choice("split", split, SPLITS)
@@ -169,7 +170,7 @@ def _find_sources() -> tuple[str, ...]:
             if path.stat().st_size <= _MAX_SOURCE_BYTES:
                 names.append(name)
     if not names:
-        raise FileNotFoundError(
+        raise CalibrationError(
             f"no source of the standard library under {root}: the code and docs domains need a "
             "Python that was installed with its .py files"
         )

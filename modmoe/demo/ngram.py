@@ -79,7 +79,7 @@ class NGramModel:
 
 def pack_ngrams(stream_N: Tensor, length: int) -> Tensor:
     """Pack every run of `length` tokens into an integer, the last token in the lowest bits."""
-    num_ngrams = len(stream_N) - length + 1
+    num_ngrams = max(len(stream_N) - length + 1, 0)
     keys_N = torch.zeros(num_ngrams, dtype=torch.int64)
     for offset in range(length):
         keys_N = (keys_N << _TOKEN_BITS) | stream_N[offset : offset + num_ngrams]

@@ -31,6 +31,8 @@ from modmoe.demo.evaluate import compare_with_ngrams, format_table
 from modmoe.demo.streams import encode_stream
 from modmoe.demo.tokenizer import train_tokenizer
 
+_REPORT_EVERY = 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -156,35 +158,28 @@ def train(model: LlamaForCausalLM, batches: Batches, config: TrainConfig, checkp
     compiled = torch.compile(model, dynamic=False)
     model.train()
     start_s = time.monotonic()
-    recent_loss = 0.0
-    step = 0
+    losses: list[float] = []
     while True:
         elapsed_s = time.monotonic() - start_s
-        progress = max(step / config.steps, elapsed_s / 60 / config.minutes)
+        progress = max(len(losses) / config.steps, elapsed_s / 60 / config.minutes)
         if progress >= 1.0:
-            return step * config.tokens_per_step
+            return len(losses) * config.tokens_per_step
         for optimizer, lrs in zip(optimizers, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale_lr(progress, config)
         length = config.sequence_lengths[progress >= config.lengthen_at]
         loss = compute_loss(compiled, batches.draw(length))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        recent_loss += loss.item()
-        if step % 50 == 0:
-            elapsed_s = time.monotonic() - start_s
-            rate = step * config.tokens_per_step / elapsed_s
-            print(
-                f"step {step} progress {progress:.3f} loss {recent_loss / 50:.4f} "
-                f"tokens/s {rate:.0f} elapsed {elapsed_s / 60:.1f} min",
-                flush=True,
-            )
-            recent_loss = 0.0
-        checkpoints.save_if_due(model, step)
+        losses.append(loss.item())
+        if len(losses) % _REPORT_EVERY == 0:
+            rate = len(losses) * config.tokens_per_step / (time.monotonic() - start_s)
+            mean = sum(losses[-_REPORT_EVERY:]) / _REPORT_EVERY
+            print(f"step {len(losses)} progress {progress:.3f} loss {mean:.4f} tokens/s {rate:.0f}", flush=True)
+        checkpoints.save_if_due(model, len(losses))
 
 
 class Checkpoints:

@@ -11,13 +11,14 @@ from modmoe.checkpoint import Checkpoint
 from modmoe.convert.code import CODE_FILES, own_files, write_code
 from modmoe.convert.plan import Copy, Plan
 
+
 def tied_plan(tied: Checkpoint) -> Plan:
     """Return the plan of a tied export: every tensor as it is."""
     return Plan(copy.deepcopy(tied.config), {name: Copy(name) for name in tied})
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return a configuration that names ``dtype``, under the one key that transformers reads; None keeps what it says."""
+    """Return a configuration that names ``dtype`` under the one key that transformers reads; None changes nothing."""
     changed = dict(config)
     if dtype is not None:
         changed.pop("torch_dtype", None)  # the old name, which would contradict the new one

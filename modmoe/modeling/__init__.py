@@ -1,1 +1,1 @@
-"""The tied model: what a standalone checkpoint carries beside its weights. Imports torch, transformers and its siblings."""
+"""The tied model: what a checkpoint carries beside its weights. Imports torch, transformers and its siblings."""

@@ -1,8 +1,8 @@
 """Configurations of ModularMoE models: the dense family's own, with the fields that experts need.
 
 ``ModMoELlamaConfig`` derives from ``LlamaConfig`` and has the ``model_type`` ``modmoe_llama``, so that tools find
-``hidden_size`` and ``num_hidden_layers`` where they look, and nothing mistakes the model for a dense Llama. The class for
-any other architecture of transformers is made the same way when it is first asked for by name.
+``hidden_size`` and ``num_hidden_layers`` where they look, and nothing mistakes the model for a dense Llama. The class
+for any other architecture of transformers is made the same way when it is first asked for by name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ModularMoE models: any dense causal LM of transformers with its FFNs replaced by tied ones.
 
-``ModMoELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are ``ModularFFN``. Classes are made from the dense family's
-when they are first asked for by name, so this file serves every architecture.
+``ModMoELlamaForCausalLM`` is ``LlamaForCausalLM`` whose FFNs are ``ModularFFN``. Classes are made from the dense
+family's when they are first asked for by name, so this file serves every architecture.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ModularMixin:
 
 
 def _with_routing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a dense forward so that the layers know the pass; two more keywords, ``expert_ids`` and ``routing_prompt``."""
+    """Wrap a dense forward so that layers know the pass; adds the keywords ``expert_ids`` and ``routing_prompt``."""
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
@@ -125,7 +125,10 @@ def _with_routing(forward: Callable[..., Any]) -> Callable[..., Any]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = list(signature.parameters.values())
     last = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    added = [inspect.Parameter("expert_ids", keyword, default=None), inspect.Parameter("routing_prompt", keyword, default=0)]
+    added = [
+        inspect.Parameter("expert_ids", keyword, default=None),
+        inspect.Parameter("routing_prompt", keyword, default=0),
+    ]
     routed.__signature__ = signature.replace(parameters=[*parameters, *added, *last])  # type: ignore[attr-defined]
     return routed
 

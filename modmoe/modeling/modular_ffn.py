@@ -5,7 +5,7 @@
     union   c_j = 1 where any chosen expert has module j
     sum     c = weights A, with the weights of the chosen experts normalised and A the membership
 
-The three matrices are the dense FFN's own with their neurons reordered, so that with all modules on this is the dense FFN.
+The three matrices are the dense FFN's own with their neurons reordered, so that with all modules on this is it.
 """
 
 # Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, S stored modules,
@@ -45,7 +45,7 @@ class ModularRouter(nn.Module):
 
 
 class ModularFFN(nn.Module):
-    """A feed-forward layer whose experts are sets of shared modules. Every way of computing it gives the same result."""
+    """A feed-forward layer whose experts are sets of shared modules. All ways of computing it are equal."""
 
     membership: Tensor
 
@@ -89,7 +89,8 @@ class ModularFFN(nn.Module):
 
     def _hidden(self, x_TD: Tensor) -> Tensor:
         up_TF: Tensor = self.up_proj(x_TD)
-        return self.act_fn(self.gate_proj(x_TD)) * up_TF if self.gated else self.act_fn(up_TF)
+        hidden_TF: Tensor = self.act_fn(self.gate_proj(x_TD)) * up_TF if self.gated else self.act_fn(up_TF)
+        return hidden_TF
 
     def _choose(self, x: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the chosen experts ids_TK and their weights_TK (probabilities; normalised over K for ``sum``)."""
@@ -135,9 +136,8 @@ class ModularFFN(nn.Module):
     def _masked(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The dense product with each module's neurons scaled: what training, LoRA and quantized weights use."""
         coefficients_TS, active_TS = self.coefficients(ids_TK, weights_TK)
-        hidden_TF = self._hidden(x_TD)
-        scaled_TSm = hidden_TF.unflatten(-1, (self.stored_modules, self.module_size)) * coefficients_TS.unsqueeze(-1)
-        y_TD: Tensor = self.down_proj(scaled_TSm.flatten(-2))
+        hidden_TSm = self._hidden(x_TD).reshape(-1, self.stored_modules, self.module_size)
+        y_TD: Tensor = self.down_proj((hidden_TSm * coefficients_TS.unsqueeze(-1)).flatten(-2))
         if self.means is not None:
             y_TD = y_TD + (~active_TS).to(y_TD.dtype) @ self.means
         return y_TD
@@ -180,8 +180,8 @@ class ModularFFN(nn.Module):
         y_TD = torch.zeros_like(x_TD)
         for number, experts in enumerate(combinations_CK.tolist()):
             alone = len(combinations_CK) == 1
-            rows_N = slice(None) if alone else (which_T == number).nonzero().squeeze(-1)
-            x_ND = x_TD[rows_N]
+            rows_N = (which_T == number).nonzero().squeeze(-1)
+            x_ND = x_TD if alone else x_TD[rows_N]
             y_ND = None
             for begin, end in self.runs(experts):
                 hidden_NF = self._hidden_slice(x_ND, begin, end)
@@ -204,4 +204,5 @@ class ModularFFN(nn.Module):
             return F.linear(x_ND, linear.weight[begin:end], None if linear.bias is None else linear.bias[begin:end])
 
         up_NF = project(self.up_proj)
-        return self.act_fn(project(self.gate_proj)) * up_NF if self.gated else self.act_fn(up_NF)
+        hidden_NF: Tensor = self.act_fn(project(self.gate_proj)) * up_NF if self.gated else self.act_fn(up_NF)
+        return hidden_NF

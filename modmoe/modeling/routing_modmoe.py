@@ -1,4 +1,4 @@
-"""What the layers of one model share while it runs: who named an expert, where a sequence begins, what was chosen before."""
+"""What the layers of one model share while it runs: named experts, where sequences begin, what was chosen before."""
 
 # Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, E experts
 
@@ -79,7 +79,9 @@ def sequence_features(state: RoutingState, layer: int, x: Tensor, chunk: int) ->
     x_BTD = x.reshape(batch, tokens, -1)
     valid_BT = state.valid_BT
     valid_BT1 = (
-        torch.ones(batch, tokens, 1, device=x.device, dtype=torch.bool) if valid_BT is None else valid_BT.to(x.device).unsqueeze(-1)
+        torch.ones(batch, tokens, 1, device=x.device, dtype=torch.bool)
+        if valid_BT is None
+        else valid_BT.to(x.device).unsqueeze(-1)
     )
     high = torch.promote_types(x.dtype, torch.float32)
     counted_BTD = torch.where(valid_BT1, x_BTD, 0).to(high)
@@ -87,7 +89,9 @@ def sequence_features(state: RoutingState, layer: int, x: Tensor, chunk: int) ->
     if memory is not None and memory.feature_BD.shape[0] != batch:
         repeats = batch // memory.feature_BD.shape[0]
         memory = SequenceMemory(
-            *(part.repeat_interleave(repeats, 0) for part in (memory.feature_BD, memory.sum_BD, memory.count_B)),
+            memory.feature_BD.repeat_interleave(repeats, 0),
+            memory.sum_BD.repeat_interleave(repeats, 0),
+            memory.count_B.repeat_interleave(repeats, 0),
             memory.is_fixed,
         )
     if state.prompt_tokens:

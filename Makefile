@@ -1,0 +1,73 @@
+# From a bare machine with Python 3.11 or newer: `make test`, `make demo`. Everything lands in .venv.
+#
+# TORCH_INDEX chooses where torch comes from. On a machine without a GPU,
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# keeps some gigabytes of CUDA libraries away.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+TORCH_INDEX ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.modmoe-installed
+TREE := build/tree
+DEMO_OUT ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format types imports sizes unit wheel clean install
+
+help:
+	@echo 'make demo     the whole main job on the model that ships with modmoe'
+	@echo 'make test     format, lint, types, imports, file sizes and all tests'
+	@echo 'make lint     the same without the tests'
+	@echo 'make wheel    wheel and sdist in dist/'
+	@echo 'make clean    remove what make made, .venv included'
+
+install: $(STAMP)
+
+# torch first, and named again with the rest, so that nothing pulls another build of it
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'make: Python 3.11 or newer is needed; name it with PYTHON=...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/modmoe demo $(DEMO_OUT)
+
+test: lint unit
+
+lint: format types imports sizes
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# cli/ and recipes/ where they are installed, for tools that read a package from its folder
+.PHONY: tree
+tree:
+	@rm -rf $(TREE) && mkdir -p $(TREE)
+	@cp -R modmoe $(TREE)/modmoe && cp -R cli $(TREE)/modmoe/cli && cp -R recipes $(TREE)/modmoe/recipes
+
+types: $(STAMP) tree
+	cd $(TREE) && $(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache --strict -p modmoe
+
+imports: $(STAMP) tree
+	cd $(TREE) && $(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+sizes:
+	@find modmoe cli recipes benchmarks tests -name '*.py' -exec wc -l {} + \
+		| awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; split it, 400 is the most"; bad = 1 } END { exit bad }'
+
+unit: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist modmoe.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Routed adapters, one paper a file. None is here yet."""

@@ -1,0 +1,334 @@
+"""The report: one HTML file, complete in itself, that shows what was measured and what was made of it."""
+
+# Shapes: P tasks, E experts, M modules, F neurons, m neurons of a module
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+import modmoe
+from modmoe.accounting import tensor_bytes, tensor_parameters
+from modmoe.analyze import page, plots
+from modmoe.analyze.profile import ActivationProfile
+from modmoe.analyze.run import Analysis, tokens_by_task
+from modmoe.recipe import Recipe, dump_recipe
+
+_MOST_NEURONS = 96
+"""Rows of the map of neurons; of larger modules every second, third, ... neuron is shown."""
+_MOST_OVERLAP_COLUMNS = 8
+
+
+class ModuleAssignment(Protocol):
+    """Which modules make up which expert, in one layer."""
+
+    @property
+    def membership_EM(self) -> Tensor:
+        """bool; whether an expert has a module."""
+        ...
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """One name an expert."""
+        ...
+
+
+def write_report(
+    path: Path,
+    recipe: Recipe,
+    analysis: Analysis,
+    *,
+    assignments: Sequence[ModuleAssignment] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Mapping[str, Any]] | None = None,
+    samples: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Write the report to ``path``, whole or not at all; the page asks for no other file and no network.
+
+    Args:
+        path: the HTML file.
+        recipe: what was asked for.
+        analysis: what calibration found.
+        assignments: one a layer, where experts were made.
+        summary: what a conversion returned; its ``parameters``, ``sparsity`` and ``routers`` are shown.
+        evaluation: model to task to loss, or to a mapping that has ``loss``; as dense, converted, fine-tuned.
+        samples: task to model to text; a model named ``prompt`` is shown as the prompt.
+    """
+    tasks = list(analysis.profiles[0].task_names)
+    body = [
+        page.heading("ModularMoE report", 1),
+        page.paragraph(_describe(recipe, analysis, assignments, summary), "lead"),
+    ]
+    body += _parameters(analysis, summary) if summary is not None else []
+    body += _quality(evaluation) if evaluation else []
+    body += _over_layers(recipe, analysis, assignments, summary)
+    body += _layers(analysis, assignments, summary, tasks)
+    body += _samples(samples) if samples else []
+    body += _origin(recipe, analysis)
+    text = page.page(f"ModularMoE report: {recipe.source or 'model'}", body)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _describe(
+    recipe: Recipe,
+    analysis: Analysis,
+    assignments: Sequence[ModuleAssignment] | None,
+    summary: Mapping[str, Any] | None,
+) -> str:
+    source, partition = analysis.source, analysis.partitions[0]
+    text = (
+        f"{recipe.source}, a {source.family.model_type} model of {source.num_layers} layers with {source.neurons:,} "
+        f"FFN neurons each. The neurons of a layer were cut into {partition.num_modules} modules of "
+        f"{partition.module_size} by '{recipe.partition.method}'"
+    )
+    if not assignments:
+        return text + ". No experts were made."
+    names, sizes = assignments[0].expert_names, assignments[0].membership_EM.sum(1).tolist()
+    size = f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+    chosen = {
+        "token": f"a router chooses {recipe.router.top_k} for each token",
+        "sequence": f"a router chooses {recipe.router.top_k} for each sequence",
+        "task": "the caller names the task and so the expert",
+    }[recipe.router.routing]
+    shown = ", ".join(names[:12]) + (" and more" if len(names) > 12 else "")
+    where = f" It lies in {summary['output']}." if summary is not None and summary.get("output") else ""
+    return f"{text}. {len(names)} experts ({shown}) share them, {size} modules each; {chosen}.{where}"
+
+
+def _parameters(analysis: Analysis, summary: Mapping[str, Any]) -> list[str]:
+    counts, sparsity = summary.get("parameters") or {}, summary.get("sparsity") or {}
+    meanings = {
+        "dense": "the model before conversion",
+        "stored": "in the checkpoint, every module once",
+        "active": "what one token uses",
+        "materialised": "if every expert had copies of its modules",
+    }
+    values = {name: int(counts[name]) for name in meanings if counts.get(name) is not None}
+    if not values:
+        return []
+    checkpoint = analysis.source.checkpoint
+    # tensors of one type throughout make this exact; the checkpoint's own bytes are known anyway
+    each_bytes = tensor_bytes(checkpoint) / max(1, sum(tensor_parameters(checkpoint).values()))
+    exact = {"dense": tensor_bytes(checkpoint), "stored": summary.get("tensor_bytes")}
+    rows = [
+        (
+            f"{name}: {meanings[name]}",
+            f"{value:,}",
+            _megabytes(exact.get(name) or value * each_bytes),
+            f"{100 * value / values.get('dense', value):.1f} %",
+        )
+        for name, value in values.items()
+    ]
+    label = "Parameters: " + ", ".join(f"{name} {value:,}" for name, value in values.items()) + "."
+    millions = {name: value / 1e6 for name, value in values.items()}
+    parts = [
+        page.table("Parameters", ("", "number", "bytes", "of dense"), rows, note="and the bytes of their tensors."),
+        page.figure(plots.draw_bars("bars", label, millions, "million parameters"), "Parameters.", "As in the table."),
+    ]
+    words = ""
+    if sparsity:
+        words = (
+            f"FFN sparsity {100 * sparsity['ffn']:.1f} %: the share of FFN neurons that a token does not use. "
+            f"Total sparsity {100 * sparsity['total']:.1f} %: the share of all parameters, embeddings and attention "
+            "included."
+        )
+    return [page.heading("Parameters"), page.grid(parts), *([page.paragraph(words)] if words else [])]
+
+
+def _quality(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    losses = {
+        model: {task: float(value["loss"] if isinstance(value, Mapping) else value) for task, value in by_task.items()}
+        for model, by_task in evaluation.items()
+    }
+    tasks = list(dict.fromkeys(task for by_task in losses.values() for task in by_task))
+    if not tasks:
+        return []
+    models = list(losses)
+    rows = [
+        (task, *(f"{losses[model][task]:.3f}" if task in losses[model] else "-" for model in models)) for task in tasks
+    ]
+    label = "Loss of each task: " + "; ".join(
+        f"{task} " + ", ".join(f"{model} {losses[model][task]:.3f}" for model in models if task in losses[model])
+        for task in tasks
+    )
+    return [
+        page.heading("Quality"),
+        page.grid(
+            [
+                page.table("Loss of each task,", ("", *models), rows, note="in nats a token; lower is better."),
+                page.figure(plots.draw_losses("loss", label, losses, tasks), "Loss of each task.", ""),
+            ]
+        ),
+    ]
+
+
+def _over_layers(
+    recipe: Recipe,
+    analysis: Analysis,
+    assignments: Sequence[ModuleAssignment] | None,
+    summary: Mapping[str, Any] | None,
+) -> list[str]:
+    parts = []
+    if len(analysis.profiles[0].task_names) > 1:
+        lines = {
+            "neurons": [_variation(_mean_activation(profile)) for profile in analysis.profiles],
+            "modules": [_variation(scores_PM) for scores_PM in analysis.scores_PM],
+        }
+        label = "Coefficient of variation between tasks by layer: " + _spell(lines)
+        text = (
+            "Standard deviation between tasks over the mean: of a neuron's mean |h|, and of a module's "
+            f"'{recipe.assignment.score}' score. 0 means that tasks use the layer alike."
+        )
+        parts.append(
+            page.figure(plots.draw_layers("variation", label, lines, "variation"), "Variation between tasks.", text)
+        )
+    routers = [router for router in (summary or {}).get("routers") or [] if router.get("agreement") is not None]
+    if routers:
+        lines = {"agreement": [100 * float(router["agreement"]) for router in routers]}
+        if all(router.get("chance") is not None for router in routers):
+            lines["chance"] = [100 * float(router["chance"]) for router in routers]
+        label = "Agreement of the routers with the best expert by layer, percent: " + _spell(lines)
+        text = "How often the router as converted chooses the expert that loses least of the dense output, in percent."
+        parts.append(page.figure(plots.draw_layers("routers", label, lines, "%"), "Routers.", text))
+    if assignments:
+        stored = [float(assignment.membership_EM.any(0).sum()) for assignment in assignments]
+        core = [float(assignment.membership_EM.all(0).sum()) for assignment in assignments]
+        lines = {"stored": stored, "of every expert": core}
+        label = "Modules by layer: " + _spell(lines)
+        text = f"Of {analysis.partitions[0].num_modules} modules: those that some expert has, and those all have."
+        parts.append(page.figure(plots.draw_layers("stored", label, lines, "modules"), "Modules stored.", text))
+    return [page.heading("Over the layers"), page.grid(parts)] if parts else []
+
+
+def _layers(
+    analysis: Analysis,
+    assignments: Sequence[ModuleAssignment] | None,
+    summary: Mapping[str, Any] | None,
+    tasks: Sequence[str],
+) -> list[str]:
+    routers = (summary or {}).get("routers") or []
+    folds = []
+    for layer in range(len(analysis.scores_PM)):
+        assignment = assignments[layer] if assignments else None
+        aside = f"{analysis.partitions[layer].num_modules} modules"
+        if assignment is not None:
+            member_EM = assignment.membership_EM
+            held_M = member_EM.sum(0)
+            num_stored, num_core = int((held_M > 0).sum()), int(member_EM.all(0).sum())
+            aside = f"{num_stored} of {len(held_M)} modules stored, {num_core} of them in every expert"
+        if layer < len(routers) and routers[layer].get("agreement") is not None:
+            aside += f", router agrees in {100 * routers[layer]['agreement']:.0f} %"
+        view = _view(analysis, layer, tasks, assignment)
+        label = (
+            f"Layer {layer}, {aside}: the modules of each expert, their importance for each task, and their neurons."
+        )
+        text = (
+            "Each column is a module, the same one in all parts. Neurons have the colour of the task that they are "
+            "most active for; pale ones serve all tasks alike."
+        )
+        parts = [page.figure(plots.draw_modules(f"l{layer}", label, view), "Modules.", text)]
+        if assignment is not None and len(assignment.expert_names) > 1:
+            parts.append(_overlaps(layer, assignment))
+        title = f"Layer {layer}:"
+        folds.append(page.fold(title, aside, [page.grid(parts)], is_open=layer == 0, anchor=f"layer-{layer}"))
+    return [page.heading("Layer by layer"), *folds]
+
+
+def _view(analysis: Analysis, layer: int, tasks: Sequence[str], assignment: ModuleAssignment | None) -> plots.LayerView:
+    partition, scores_PM = analysis.partitions[layer], analysis.scores_PM[layer]
+    order = order_modules(scores_PM, assignment)
+    mean_PF = _mean_activation(analysis.profiles[layer])
+    share_PF = mean_PF / mean_PF.sum(0).clamp_min(1e-30)
+    largest_F, favourite_F = share_PF.max(0)
+    if len(tasks) > 1:
+        strength_F = ((largest_F - 1 / len(tasks)) / (1 - 1 / len(tasks))).clamp_min(0).sqrt()
+    else:
+        strength_F = mean_PF[0] / mean_PF[0].max().clamp_min(1e-30)
+    # within a module the neurons of one task lie together
+    rank_F = favourite_F.double() * 2 + (1 - strength_F)
+    member_Mm = partition.permutation_F.unflatten(0, (partition.num_modules, -1))[order]
+    index_mM = member_Mm.gather(1, rank_F[member_Mm].argsort(1)).T
+    index_mM = index_mM[:: -(-len(index_mM) // _MOST_NEURONS)]
+    return plots.LayerView(
+        modules=order,
+        tasks=tasks,
+        importance_PM=scores_PM[:, order].double().numpy(),
+        favourite_mM=favourite_F[index_mM].numpy(),
+        strength_mM=strength_F[index_mM].numpy(),
+        experts=() if assignment is None else assignment.expert_names,
+        membership_EM=None if assignment is None else assignment.membership_EM[:, order].numpy(),
+    )
+
+
+def _overlaps(layer: int, assignment: ModuleAssignment) -> str:
+    names, member_EM = assignment.expert_names, assignment.membership_EM.long()
+    shared_EE = member_EM @ member_EM.T
+    if len(names) > _MOST_OVERLAP_COLUMNS:
+        label = f"Layer {layer}: modules that two experts share."
+        svg = plots.draw_square(f"l{layer}o", label, shared_EE.double().numpy(), names)
+        return page.figure(svg, "Overlap.", f"Modules that two experts share; the strongest is {int(shared_EE.max())}.")
+    rows = [(name, *map(str, shared_E.tolist())) for name, shared_E in zip(names, shared_EE, strict=True)]
+    return page.table("Overlap:", ("", *names), rows, note="modules that two experts share; on the diagonal, its own.")
+
+
+def _samples(samples: Mapping[str, Mapping[str, str]]) -> list[str]:
+    parts = [
+        page.heading("Text"),
+        page.paragraph("How each model continues a prompt, taking its most likely token each time.", "note"),
+    ]
+    for task, texts in samples.items():
+        parts += [page.heading(task, 3), page.columns_of_text(list(texts.items()))]
+    return parts
+
+
+def _origin(recipe: Recipe, analysis: Analysis) -> list[str]:
+    tokens = tokens_by_task(analysis.batches)
+    rows = [(task, recipe.tasks.get(task, "-"), f"{count:,}") for task, count in tokens.items()]
+    return [
+        page.heading("How it was made"),
+        page.table("Calibration text.", ("task", "file", "tokens"), rows, is_words=True),
+        page.fold("Recipe", "as YAML", [page.preformatted(dump_recipe(recipe))]),
+        page.paragraph(f"Written by modmoe {modmoe.__version__}.", "note"),
+    ]
+
+
+def order_modules(scores_PM: Tensor, assignment: ModuleAssignment | None) -> list[int]:
+    """Return the modules in the order shown: the most shared first, then by expert; without experts by task."""
+    total_M = scores_PM.sum(0).tolist()
+    if assignment is None:
+        favourite_M = (scores_PM / scores_PM.sum(1, keepdim=True).clamp_min(1e-30)).argmax(0).tolist()
+        return sorted(range(len(total_M)), key=lambda module: (favourite_M[module], -total_M[module]))
+    holders = assignment.membership_EM.T.tolist()
+    return sorted(
+        range(len(total_M)),
+        key=lambda module: (-sum(holders[module]), [not has for has in holders[module]], -total_M[module]),
+    )
+
+
+def _mean_activation(profile: ActivationProfile) -> Tensor:
+    return profile.abs_PF.double() / profile.tokens_P.double().clamp_min(1).unsqueeze(1)
+
+
+def _variation(value_PX: Tensor) -> float:
+    """Return the coefficient of variation between tasks, the mean over columns; tasks are scaled to the same total."""
+    share_PX = value_PX.double() / value_PX.double().sum(1, keepdim=True).clamp_min(1e-30)
+    return float((share_PX.std(0, correction=0) / share_PX.mean(0).clamp_min(1e-30)).mean())
+
+
+def _spell(lines: Mapping[str, Sequence[float]]) -> str:
+    return "; ".join(f"{name} " + ", ".join(f"{value:.3g}" for value in values) for name, values in lines.items()) + "."
+
+
+def _megabytes(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:,.2f} MB"

@@ -1,0 +1,306 @@
+"""The whole main job on the model that ships with modmoe: offline, in some minutes on two cores.
+
+Text of three tasks is found on the machine itself (see ``modmoe.demo.corpus``); the dense model becomes three experts
+that share their modules, is fine-tuned to follow the dense one, measured on text that neither has seen, and exported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modmoe import steps
+from modmoe.demo.corpus import DOMAINS, write_task_files
+from modmoe.staging import check_output
+
+Progress = Callable[..., None]
+
+MODEL = Path(__file__).parent / "model"
+"""The dense checkpoint that ships with the package."""
+PROMPTS = {
+    "code": "def read_lines(path):\n",
+    "docs": "Return a new list containing all items",
+    "arithmetic": "Question: What is 47 + 35?\nAnswer:",
+}
+"""What each model continues."""
+DENSE_EXPERT = "arithmetic"
+"""The expert that the dense export keeps."""
+_DEFAULT_OUTPUT = "modmoe-demo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much the demo does."""
+
+    train_rows: int = 2000
+    """Rows of each task to calibrate and train with."""
+    held_out_rows: int = 200
+    """Rows of each task to measure with."""
+    calibration_tokens: int = 16384
+    """Of each task."""
+    eval_tokens: int = 8192
+    """Of each task and model."""
+    max_steps: int = 150
+    """Of fine-tuning."""
+    batch_size: int = 8
+    """Sequences of a step."""
+    sequence_length: int = 128
+    """Tokens of a training sequence."""
+    learning_rate: float = 1e-3
+    """Its peak."""
+    distill_weight: float = 0.7
+    """Share of the distillation loss."""
+    new_tokens: int = 40
+    """Of each sample."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the stages hand on."""
+
+    output: Path
+    seed: int
+    overwrite: bool
+    effort: Effort
+    progress: Progress
+    result: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def place(self, name: str) -> str:
+        return str(self.output / name)
+
+    def files(self, split: str) -> dict[str, str]:
+        return {domain: str(self.output / "tasks" / split / f"{domain}.jsonl") for domain in DOMAINS}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        started_s = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started_s, 2)
+
+
+def run(
+    output: str | None = None,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    effort: Effort | None = None,
+) -> dict[str, Any]:
+    """Convert, fine-tune, measure, export and report on the shipped model.
+
+    Args:
+        output: a directory that is free; None means ``modmoe-demo`` here. It gets ``tasks``, ``converted``, ``tuned``,
+            three exports and ``report.html``.
+        seed: of everything that draws numbers.
+        overwrite: replace what an earlier run left in ``output``; other files there stay.
+        progress: called with a message and, where they are known, the steps done and the steps in all.
+        effort: how much is done; None is what fits in three minutes on two cores.
+
+    Returns ``models`` (dense, converted, fine-tuned: ``loss`` by task, ``stored``, ``active``,
+    ``decode_tokens_per_second``, ``directory``), ``samples`` (task to model to text), ``exports`` (form to what the export
+    returned), ``conversion``, ``training``, ``tasks``, ``report``, ``output`` and ``seconds`` by stage and in total.
+
+    Raises:
+        ModmoeError: ``output`` is not free, or cannot be written.
+    """
+    started_s = time.monotonic()
+    # nothing here asks the Hub; a library that wants to must not wait for a network that is not there
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        directory = check_output(output or _DEFAULT_OUTPUT, overwrite=overwrite)
+        job = _Run(directory, seed, overwrite, effort or Effort(), progress or _silent)
+        _write_tasks(job)
+        _convert(job)
+        _finetune(job)
+        _measure(job)
+        _export(job)
+        _report(job)
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+    return {
+        **job.result,
+        "output": str(job.output),
+        "seconds": {**job.seconds, "total": round(time.monotonic() - started_s, 2)},
+    }
+
+
+def _silent(*_: Any) -> None:
+    """Report no progress."""
+
+
+def _write_tasks(job: _Run) -> None:
+    with job.stage("writing the tasks"):
+        for split, rows in (("train", job.effort.train_rows), ("held_out", job.effort.held_out_rows)):
+            write_task_files(job.output / "tasks" / split, split=split, rows_per_task=rows, seed=job.seed)
+    train, held_out = job.files("train"), job.files("held_out")
+    job.result["tasks"] = {name: {"train": train[name], "held_out": held_out[name]} for name in DOMAINS}
+
+
+def _convert(job: _Run) -> None:
+    with job.stage("converting"):
+        job.result["conversion"] = steps.convert(
+            MODEL,
+            job.place("converted"),
+            tasks=job.files("train"),
+            tokens=job.effort.calibration_tokens,
+            num_modules=16,
+            active_fraction=0.5,
+            routing="token",
+            seed=job.seed,
+            device="cpu",
+            overwrite=job.overwrite,
+            progress=job.progress,
+        )
+
+
+def _finetune(job: _Run) -> None:
+    effort = job.effort
+    with job.stage("fine-tuning"):
+        job.result["training"] = steps.finetune(
+            job.place("converted"),
+            job.place("tuned"),
+            tasks=job.files("train"),
+            train="full",
+            distill_from=str(MODEL),
+            distill_weight=effort.distill_weight,
+            max_steps=effort.max_steps,
+            learning_rate=effort.learning_rate,
+            batch_size=effort.batch_size,
+            sequence_length=effort.sequence_length,
+            # a state to go on from is not needed for a minute's work
+            save_steps=effort.max_steps + 1,
+            seed=job.seed,
+            device="cpu",
+            overwrite=job.overwrite,
+            progress=job.progress,
+        )
+
+
+def _measure(job: _Run) -> None:
+    from modmoe.finetune.evaluate import decode_speed, evaluate_model
+    from modmoe.loading import load, load_tokenizer
+
+    places = {"dense": str(MODEL), "converted": job.place("converted"), "fine-tuned": job.place("tuned")}
+    models: dict[str, dict[str, Any]] = {}
+    samples: dict[str, dict[str, str]] = {name: {"prompt": prompt} for name, prompt in PROMPTS.items()}
+    with job.stage("measuring"):
+        for number, (name, place) in enumerate(places.items()):
+            job.progress("measuring", number, len(places))
+            model, tokenizer = load(place, device="cpu"), load_tokenizer(place)
+            found = evaluate_model(
+                model, tokenizer, job.files("held_out"), tokens=job.effort.eval_tokens, batch_size=16, seed=job.seed
+            )
+            parameters = steps.inspect(place)["parameters"]
+            models[name] = {
+                "loss": {task: numbers["loss"] for task, numbers in found.items()},
+                "stored": parameters["stored"],
+                "active": parameters["active"],
+                "decode_tokens_per_second": decode_speed(model, tokenizer, PROMPTS["docs"], job.effort.new_tokens),
+                "directory": place,
+            }
+            for task, prompt in PROMPTS.items():
+                samples[task][name] = continue_text(model, tokenizer, prompt, job.effort.new_tokens)
+    job.result.update(models=models, samples=samples)
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """Return what a causal LM writes after ``prompt``, its most likely token each time."""
+    import torch
+
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        ids_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+    text: str = tokenizer.decode(ids_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _export(job: _Run) -> None:
+    wanted: dict[str, dict[str, str]] = {
+        "tied": {"form": "tied"},
+        "dense": {"form": "dense", "expert": DENSE_EXPERT},
+        "native": {"form": "native", "target": "mixtral"},
+    }
+    exports: dict[str, Any] = {}
+    with job.stage("exporting"):
+        for number, (name, options) in enumerate(wanted.items()):
+            job.progress("exporting", number, len(wanted))
+            exports[name] = steps.export(
+                job.place("tuned"), job.place(f"export-{name}"), overwrite=job.overwrite, **options
+            )
+    job.result["exports"] = exports
+
+
+def _report(job: _Run) -> None:
+    path = job.output / "report.html"
+    with job.stage("writing the report"):
+        evaluation = {name: model["loss"] for name, model in job.result["models"].items()}
+        write_demo_report(
+            path, Path(job.place("converted")), job.result["conversion"], evaluation, job.result["samples"]
+        )
+    job.result["report"] = str(path)
+
+
+def write_demo_report(
+    path: Path,
+    converted: Path,
+    summary: Mapping[str, Any],
+    evaluation: Mapping[str, Mapping[str, float]],
+    samples: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write the HTML report of a conversion from what it left on disk; the model is not run again."""
+    from modmoe.analyze.calibration import token_batches
+    from modmoe.analyze.modules import load_partitions
+    from modmoe.analyze.profile import load_profiles
+    from modmoe.analyze.report import write_report
+    from modmoe.analyze.run import Analysis, open_source
+    from modmoe.analyze.score import module_scores
+    from modmoe.convert.run import make_assignments
+    from modmoe.ffn import read_ffn
+    from modmoe.loading import load, load_tokenizer
+    from modmoe.recipe import load_recipe
+
+    recipe = load_recipe(converted / "modmoe.yaml")
+    source = open_source(recipe)
+    directory = source.checkpoint.directory
+    tokenizer, calibration = load_tokenizer(directory), recipe.calibration
+    profiles = load_profiles(converted / "analysis")
+    partitions = load_partitions(converted / "analysis")
+    ffns = [read_ffn(source.checkpoint, source.family, layer) for layer in range(source.num_layers)]
+    batches = {
+        name: token_batches(
+            tokenizer,
+            name,
+            rows,
+            tokens=calibration.tokens,
+            sequence_length=calibration.sequence_length,
+            batch_size=calibration.batch_size,
+            seed=recipe.seed,
+        )
+        for name, rows in source.texts.items()
+    }
+    scores_PM = [
+        module_scores(recipe.assignment.score, profile, weights, partition)
+        for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
+    ]
+    model = load(directory, device="cpu")
+    analysis = Analysis(source, model, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    write_report(
+        path,
+        recipe,
+        analysis,
+        assignments=make_assignments(recipe, analysis),
+        summary=summary,
+        evaluation=evaluation,
+        samples=samples,
+    )

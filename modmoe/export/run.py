@@ -1,0 +1,181 @@
+"""One entry for every form of export: plan, write beside, prove by reloading, rename."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modmoe.accounting import tensor_bytes
+from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, parse_bytes, resolve_source
+from modmoe.convert.code import own_files, write_code
+from modmoe.convert.plan import Plan
+from modmoe.errors import CheckpointError, ExportError, did_you_mean
+from modmoe.export.card import write_card
+from modmoe.export.dense import RECIPE, dense_plan, expert_number, family_of_tied
+from modmoe.export.native import native_plan, native_warnings
+from modmoe.export.tied import tied_plan, with_dtype
+from modmoe.export.verify import verify as verify_export
+from modmoe.loading import is_tied, own_code
+from modmoe.staging import check_output, open_output
+
+FORMS = ("tied", "dense", "native")
+_LATER = ("packed", "adapter")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Export:
+    """One form of a model: what is written and how it is proved."""
+
+    plan: Plan
+    target: str
+    expert: str | None = None
+    """The expert that the tied model is held to in the proof."""
+    needs_code: bool = False
+    """Whether the export carries code of its own."""
+    load_options: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def export(
+    source: str,
+    output: str,
+    *,
+    form: str,
+    target: str = "auto",
+    expert: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Write a tied checkpoint in another form to ``output``, whole or not at all; the source is left unchanged.
+
+    Args:
+        source: a directory or Hub id of what ``modmoe convert`` or ``finetune`` wrote.
+        output: a directory that is new or empty, unless ``overwrite``.
+        form: ``tied``, ``dense`` or ``native``.
+        target: the architecture of a native export, or ``auto``.
+        expert: the expert that a dense export keeps, or that a tied one routed by task begins with.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the weights' type.
+        max_shard_size: such as ``5GB``.
+        overwrite: replace what is in ``output``.
+        trust_remote_code: allow the dense architecture's own code to run, which the proof needs.
+        verify: reload the export in a process without modmoe and compare; it takes the model's size in memory.
+
+    Returns:
+        ``form``, ``target``, ``output``, ``expert``, ``dtype``, ``verified`` (None without ``verify``),
+        ``bytes_before`` and ``bytes_after`` of all tensors, ``warnings``, ``seconds``.
+
+    Raises:
+        ExportError: an unknown form, target, expert or dtype; a form that cannot hold the model; a failed proof.
+        CheckpointError: the source is damaged, or has code of its own that is not trusted.
+        RecipeError: ``output`` is not free, or ``max_shard_size`` no size.
+    """
+    started_s = time.monotonic()
+    _check_words(form, target, dtype)
+    shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
+    check_output(output, overwrite=overwrite)
+    directory = resolve_source(source)
+    if Path(output).resolve() == directory.resolve():
+        raise ExportError(f"{output}: is the source itself; name another directory.")
+    if not is_tied(directory):
+        raise ExportError(f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote.")
+    tied = Checkpoint(directory)
+    if verify and own_code(tied.config) and not trust_remote_code:
+        raise CheckpointError(
+            f"{directory}: the proof would run the checkpoint's own Python files; read them, then pass "
+            "--trust-remote-code, or --no-verify."
+        )
+    made = _plan(tied, form, target, expert)
+    made.plan.check(tied)
+    for line in made.warnings:
+        _log.warning("%s", line)
+    wanted = None if dtype is None else DTYPES[dtype]
+    with open_output(output, overwrite=overwrite) as partial:
+        writer = CheckpointWriter(partial, max_shard_bytes=shard_bytes)
+        made.plan.run(tied, writer, wanted)
+        writer.finish(with_dtype(made.plan.config, wanted))
+        _write_companions(made, directory, partial)
+        verified = None
+        if verify:
+            verified = verify_export(
+                tied,
+                partial,
+                expert=made.expert,
+                set_expert=form == "tied",
+                trust_remote_code=trust_remote_code,
+                execute_code=made.needs_code,
+                options=made.load_options,
+            )
+        result = {
+            "form": form,
+            "target": made.target,
+            "output": str(output),
+            "expert": expert if form == "tied" else made.expert,
+            "dtype": str(made.plan.config.get("dtype")) if dtype is None else dtype,
+            "verified": verified,
+            "bytes_before": tensor_bytes(tied),
+            "bytes_after": tensor_bytes(Checkpoint(partial)),
+            "warnings": made.warnings,
+        }
+        write_card(partial, result, tied)
+    return {**result, "seconds": round(time.monotonic() - started_s, 2)}
+
+
+def _check_words(form: str, target: str, dtype: str | None) -> None:
+    if form in _LATER:
+        raise ExportError(f"form: '{form}' is not built yet; forms that work: {', '.join(FORMS)}.")
+    if form not in FORMS:
+        raise ExportError(f"form: no form '{form}'.{did_you_mean(form, FORMS)}")
+    if target != "auto" and form != "native":
+        raise ExportError(f"target: '{target}' goes with the native form only; this is {form}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype: no dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}")
+
+
+def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Export:
+    names: list[str] = list(tied.config.get("expert_names") or [])
+    by_task = tied.config.get("routing") == "task"
+    if expert is not None:
+        expert_number(tied.config, expert)
+    if form == "dense":
+        if expert is None and len(names) != 1:
+            raise ExportError(f"expert: a dense export keeps one expert; name it, one of {', '.join(names)}.")
+        kept = expert or names[0]
+        plan = dense_plan(tied, family_of_tied(tied), kept)
+        return _Export(plan=plan, target=plan.config["model_type"], expert=kept, needs_code="auto_map" in plan.config)
+    if form == "native":
+        if expert is not None:
+            raise ExportError(f"expert: a native export keeps all experts; for '{expert}' alone use --form dense.")
+        plan = native_plan(tied, target)
+        # the default way of computing experts is for GPUs
+        options = {"experts_implementation": "eager"}
+        name = plan.config["model_type"]
+        return _Export(plan=plan, target=name, load_options=options, warnings=native_warnings(plan))
+    if expert is not None and not by_task:
+        raise ExportError(f"expert: this model's router chooses; for '{expert}' alone use --form dense.")
+    plan = tied_plan(tied)
+    if expert is not None:
+        plan.config["default_expert"] = expert
+    forced = (expert or plan.config.get("default_expert") or names[0]) if by_task else None
+    return _Export(plan=plan, target=plan.config["model_type"], expert=forced, needs_code=True)
+
+
+def _write_companions(made: _Export, source: Path, directory: Path) -> None:
+    copy_companions(source, directory)
+    if (source / RECIPE).is_file():
+        (directory / RECIPE).write_bytes((source / RECIPE).read_bytes())
+    if str(made.plan.config["model_type"]).startswith("modmoe_"):
+        write_code(directory, made.plan.config, source)
+    else:
+        for name, text in own_files(made.plan.config, source).items():
+            (directory / name).write_text(text, encoding="utf-8")

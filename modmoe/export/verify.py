@@ -1,0 +1,168 @@
+"""The proof of an export: reloaded by plain transformers in a fresh process, it computes what the tied model does."""
+
+# Shapes: B batch, T tokens, G tokens generated, V vocabulary
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modmoe.checkpoint import Checkpoint
+from modmoe.errors import ExportError
+from modmoe.export import reload
+from modmoe.loading import load
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits by what it was computed in, as a share of the largest logit."""
+_HALVES = (torch.float16, torch.bfloat16)
+
+ROWS, TOKENS, NEW_TOKENS = 3, 12, 20
+_LEAST_POSITIONS = 4
+
+
+def verify(
+    tied: Checkpoint,
+    directory: Path,
+    *,
+    expert: str | None = None,
+    set_expert: bool = False,
+    trust_remote_code: bool = False,
+    execute_code: bool = False,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare the export in ``directory`` with the tied model it was made from, on a few short rows without padding.
+
+    Logits are compared in the export's type and in float32, both from the weights as they were written. In half
+    precision a router may stand so near a tie that rounding decides, so there the tolerance is for the mean.
+
+    Args:
+        tied: the source.
+        directory: the export.
+        expert: the expert to force in the tied model; None lets it route.
+        set_expert: force ``expert`` in the export too; only a tied one can.
+        trust_remote_code: allow the dense architecture's own code to run.
+        execute_code: let the export's own code run in the fresh process.
+        options: further keywords of ``from_pretrained``.
+
+    Returns ``reloaded_without_modmoe``, ``max_abs_logit_diff`` and ``greedy_tokens_equal`` (both in float32, or in
+    float64 where the weights are) and the same for each type under ``by_dtype``.
+
+    Raises:
+        ExportError: it does not reload, or differs by more than the tolerance.
+    """
+    stored = weights_dtype(Checkpoint(directory))
+    dtypes = [stored] if stored in (torch.float32, torch.float64) else [stored, torch.float32]
+    model: Any = load(tied.directory, trust_remote_code=trust_remote_code, dtype=stored, device="cpu")
+    ids_BT, new_tokens = sample_ids(model)
+    if expert is not None:
+        model.set_expert(expert)
+    wanted = reload.compute(model, ids_BT, new_tokens, dtypes)
+    del model  # before the fresh process loads as much again
+    job = {
+        "directory": str(directory.resolve()),
+        "input_ids": ids_BT.tolist(),
+        "new_tokens": new_tokens,
+        "dtypes": [_name(dtype) for dtype in dtypes],
+        "expert": expert if set_expert else None,
+        "options": {"trust_remote_code": execute_code, **(options or {})},
+    }
+    found = _reload(job)
+    by_dtype = {
+        _name(dtype): _compare(computed, (found[f"{_name(dtype)}.logits"], found[f"{_name(dtype)}.tokens"]), dtype)
+        for dtype, computed in zip(dtypes, wanted, strict=True)
+    }
+    exact = by_dtype[_name(dtypes[-1])]
+    return {
+        "reloaded_without_modmoe": True,
+        "max_abs_logit_diff": exact["max_abs_logit_diff"],
+        "greedy_tokens_equal": exact["greedy_tokens_equal"],
+        "greedy_tokens": ROWS * new_tokens,
+        "tokens": ids_BT.numel(),
+        "expert": expert,
+        "by_dtype": by_dtype,
+    }
+
+
+def sample_ids(model: Any) -> tuple[Tensor, int]:
+    """Return ids_BT spread over the vocabulary, always the same, and how many tokens may be generated behind them."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config, "max_position_embeddings", None) or TOKENS + NEW_TOKENS
+    tokens = max(_LEAST_POSITIONS, min(TOKENS, positions // 2))
+    numbers = torch.arange(ROWS * tokens).reshape(ROWS, tokens)
+    # a step prime to nothing in particular: neighbours lie far apart, and rows begin differently
+    return (numbers * 7919 + 13) % vocabulary, max(1, min(NEW_TOKENS, positions - tokens))
+
+
+def weights_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the type that most of a checkpoint's weights have; ExportError where none are floating-point numbers."""
+    counts: dict[torch.dtype, int] = {}
+    for name in checkpoint:
+        dtype = checkpoint.dtype(name)
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + torch.Size(checkpoint.shape(name)).numel()
+    if not counts or max(counts, key=counts.__getitem__) not in TOLERANCES:
+        raise ExportError(f"{checkpoint.directory}: its weights are not floating-point numbers of 16 to 64 bits.")
+    return max(counts, key=counts.__getitem__)
+
+
+def _reload(job: dict[str, Any]) -> dict[str, Tensor]:
+    """Run the job in a fresh process and return the tensors it wrote."""
+    with tempfile.TemporaryDirectory(prefix="modmoe-verify-") as scratch:
+        output = Path(scratch) / "computed.safetensors"
+        job_file = Path(scratch) / "job.json"
+        job_file.write_text(json.dumps({**job, "output": str(output)}), encoding="utf-8")
+        environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key.upper()}
+        environment.update(
+            HF_HUB_OFFLINE="1",
+            HF_MODULES_CACHE=str(Path(scratch) / "modules"),  # the user's cache stays as it is
+            HF_HUB_DISABLE_PROGRESS_BARS="1",
+            TRANSFORMERS_VERBOSITY="error",
+            TOKENIZERS_PARALLELISM="false",
+            PYTHONDONTWRITEBYTECODE="1",
+        )
+        # -P: neither this package's directory nor the working directory can be imported from
+        command = [sys.executable, "-P", str(Path(reload.__file__).resolve()), str(job_file)]
+        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not output.is_file():
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1][:400] if lines else f"the process ended with {done.returncode}"
+            raise ExportError(f"the export does not reload with plain transformers: {reason}")
+        return load_file(output)
+
+
+def _compare(wanted: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    logits_BTV, tokens_BG = found
+    high = torch.promote_types(dtype, torch.float32)
+    wanted_BTV = wanted[0].to(high)
+    if logits_BTV.shape != wanted_BTV.shape:
+        raise ExportError(f"the export has logits of {list(logits_BTV.shape)}, the model {list(wanted_BTV.shape)}.")
+    difference_BTV = (logits_BTV.to(high) - wanted_BTV).abs()
+    scale, largest = float(wanted_BTV.abs().max()), float(difference_BTV.max())
+    limit = TOLERANCES[dtype] * scale
+    held = float(difference_BTV.mean()) if dtype in _HALVES else largest
+    # written so that a NaN fails
+    if not held <= limit:
+        raise ExportError(
+            f"the reloaded export's logits differ from the model's by {held:.3g} in {_name(dtype)}, where {limit:.3g} "
+            "is allowed; nothing was written. Values that are not finite point at a type too narrow for the weights."
+        )
+    return {
+        "max_abs_logit_diff": largest,
+        "mean_abs_logit_diff": float(difference_BTV.mean()),
+        "max_abs_logit": scale,
+        "tolerance": limit,
+        "greedy_tokens_equal": bool(torch.equal(tokens_BG, wanted[1])),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

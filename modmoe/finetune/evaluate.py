@@ -1,0 +1,243 @@
+"""How well a model predicts each task's text, and how fast."""
+
+# Shapes: B sequences of a batch, T tokens of a sequence, N counted tokens, V vocabulary
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modmoe.analyze.calibration import load_task
+from modmoe.errors import CalibrationError, RecipeError, did_you_mean
+from modmoe.finetune.data import IGNORED, Collator, Row, encode_row
+from modmoe.finetune.losses import token_losses
+from modmoe.loading import load, load_tokenizer
+from modmoe.modeling.modeling_modmoe import ModularMixin
+
+
+def evaluate(
+    source: str,
+    tasks: dict[str, str],
+    *,
+    baseline: str | None = None,
+    tokens: int = 32768,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    expert: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a checkpoint on each task's text, as ``modmoe eval --json`` prints it.
+
+    Returns ``tasks: {NAME: {loss, perplexity, bits_per_byte, tokens, tokens_per_second}}``, see ``evaluate_model``.
+    With a ``baseline``, measured on the same rows with its own tokenizer, ``baseline`` holds the same for it, and each
+    task has ``ratio``, its loss over the baseline's.
+
+    Raises:
+        RecipeError: no such device or expert, or a model routed by task is not told which expert a task is for.
+        CheckpointError, CalibrationError: a model or a file cannot be read.
+    """
+
+    def measure(place: str, expert: str | None) -> dict[str, dict[str, float]]:
+        model = load(place, trust_remote_code=trust_remote_code, device=device)
+        tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
+        return evaluate_model(
+            model,
+            tokenizer,
+            tasks,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            expert=expert,
+            seed=seed,
+        )
+
+    found = measure(source, expert)
+    if baseline is None:
+        return {"tasks": found}
+    wanted = measure(baseline, None)
+    for name, numbers in found.items():
+        numbers["ratio"] = numbers["loss"] / wanted[name]["loss"] if wanted[name]["loss"] else math.inf
+    return {"tasks": found, "baseline": wanted}
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Mapping[str, str],
+    *,
+    tokens: int = 32768,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    expert: str | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Measure a model in memory on each task's text; it is left as it was.
+
+    What counts is every token of a text but its first, the completion of a prompt, and the assistant's turns of
+    messages. Rows are cut to ``sequence_length`` tokens and drawn in an order from ``seed`` until ``tokens`` of them
+    count. A sequence router decides anew every ``routing_chunk`` tokens here, also where a prompt is known.
+
+    Args:
+        model: a dense or tied causal LM.
+        tokenizer: its tokenizer.
+        tasks: task name to file.
+        tokens: at most so many counted tokens of a task, but for the first row.
+        sequence_length: tokens of a row.
+        batch_size: rows of a batch; moves no result but by rounding.
+        expert: name of the expert that a tied model uses throughout; None leaves it to the router, or to the expert of
+            the task's name where the model is routed by task.
+        seed: of the order of the rows.
+
+    Returns, for each task, ``loss`` in nats a counted token, ``perplexity``, ``bits_per_byte`` of the counted text in
+    UTF-8, ``tokens`` counted, and ``tokens_per_second`` of the forward passes, counted or not, without padding.
+
+    Raises:
+        RecipeError: no such expert, or none is named for a task that has no expert of its own.
+        CalibrationError: a file cannot be read, or none of its tokens counts.
+    """
+    for name in tasks:
+        _expert_of(model, name, expert)  # before the first task has taken its time
+    results = {}
+    for name, file in tasks.items():
+        rows = _draw(name, file, tokenizer, tokens, sequence_length, seed)
+        with _reading(model, _expert_of(model, name, expert)):
+            results[name] = _measure(model, tokenizer, rows, batch_size)
+    return results
+
+
+def decode_speed(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int = 64, *, repeats: int = 3
+) -> float:
+    """Return tokens a second of greedy generation with a cache: the median of ``repeats``, the prompt's pass included.
+
+    Exactly ``new_tokens`` tokens are made each time. A model routed by task must have its expert set.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+    settings.update(min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+    if getattr(model.generation_config, "pad_token_id", None) is None:
+        settings["pad_token_id"] = _padding(tokenizer)
+    keys = ("input_ids", "attention_mask")
+    arguments = {key: inputs[key] for key in keys if key in inputs}
+    taken_s = []
+    with _reading(model, None), torch.no_grad():
+        model.generate(**arguments, **{**settings, "min_new_tokens": 1, "max_new_tokens": 1})
+        for _ in range(repeats):
+            start_s = _now(model)
+            model.generate(**arguments, **settings)
+            taken_s.append(_now(model) - start_s)
+    return new_tokens / statistics.median(taken_s)
+
+
+def _expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | None:
+    """Return the expert that reads a task, None where the model itself decides."""
+    if not isinstance(model, ModularMixin):
+        if expert is not None:
+            raise RecipeError(f"--expert: '{expert}' is given, but the model is dense and has no experts.")
+        return None
+    names = list(model.config.expert_names)
+    if expert is not None:
+        if expert not in names:
+            raise RecipeError(f"--expert: no expert '{expert}'.{did_you_mean(expert, names)}")
+        return expert
+    if model.config.routing != "task" or (model.routing_state.expert is not None and task not in names):
+        return None
+    if task not in names:
+        raise RecipeError(
+            f"tasks.{task}: is no expert of this model, which is routed by task; pass --expert with one of "
+            f"{', '.join(names)}."
+        )
+    return task
+
+
+@contextlib.contextmanager
+def _reading(model: PreTrainedModel, expert: str | None) -> Iterator[None]:
+    """Put a model in evaluation mode, with one expert where it is named, and back as it was at the end."""
+    was_training = model.training
+    model.eval()
+    before = model.routing_state.expert if isinstance(model, ModularMixin) else None
+    if isinstance(model, ModularMixin) and expert is not None:
+        model.set_expert(expert)
+    try:
+        yield
+    finally:
+        if isinstance(model, ModularMixin):
+            model.set_expert(before)
+        model.train(was_training)
+
+
+def _draw(name: str, file: str, tokenizer: Any, tokens: int, sequence_length: int, seed: int) -> list[Row]:
+    dataset = load_task(name, file)
+    rows: list[Row] = []
+    total = 0
+    for number in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
+        row = encode_row(dataset[number], tokenizer).cut(sequence_length)
+        counted = sum(row.counted)
+        if not counted:
+            continue
+        if rows and total + counted > tokens:
+            break
+        rows.append(row)
+        total += counted
+    if not rows:
+        raise CalibrationError(
+            f"tasks.{name}: {file}: no row has a token to predict within {sequence_length} tokens; raise "
+            "--sequence-length or name other text."
+        )
+    # rows of like length go together, so that little is padded
+    return sorted(rows, key=lambda row: len(row.input_ids))
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel, tokenizer: Any, rows: list[Row], batch_size: int) -> dict[str, float]:
+    collator = Collator(padding=_padding(tokenizer), packing=False)
+    loss_sum, taken_s = 0.0, 0.0
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for number, batch in enumerate([batches[0], *batches]):
+        inputs = collator([{"input_ids": row.input_ids, "labels": _labels(row)} for row in batch])
+        ids_BT, mask_BT = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+        start_s = _now(model)
+        logits_BTV: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        stop_s = _now(model)
+        if number == 0:
+            continue  # the first pass of a process prepares much that is not the model's speed
+        taken_s += stop_s - start_s
+        labels_BT = inputs["labels"].to(model.device)
+        counts_BT = labels_BT[:, 1:] != IGNORED
+        mean, _ = token_losses(logits_BTV[:, :-1][counts_BT], labels_BT[:, 1:][counts_BT])
+        loss_sum += mean.double().item() * int(counts_BT.sum())
+    counted = sum(sum(row.counted) for row in rows)
+    num_bytes = sum(size for row in rows for size, counts in zip(row.num_bytes, row.counted, strict=True) if counts)
+    loss = loss_sum / counted
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
+        "tokens": counted,
+        "tokens_per_second": sum(len(row.input_ids) for row in rows) / max(taken_s, 1e-9),
+    }
+
+
+def _labels(row: Row) -> list[int]:
+    return [token if counts else IGNORED for token, counts in zip(row.input_ids, row.counted, strict=True)]
+
+
+def _padding(tokenizer: Any) -> int:
+    padding = getattr(tokenizer, "pad_token_id", None)
+    return int(padding if padding is not None else getattr(tokenizer, "eos_token_id", None) or 0)
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,323 @@
+"""Training a converted model, or a dense one for comparison: from a checkpoint to a checkpoint of the same form."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from trl import SFTConfig
+
+from modmoe.analyze.run import save_recipe, silent
+from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
+from modmoe.convert.code import own_files, write_code
+from modmoe.errors import RecipeError
+from modmoe.families import family_of
+from modmoe.finetune.data import Collator, keeps_rows_apart, training_set
+from modmoe.finetune.distill import load_teacher
+from modmoe.finetune.evaluate import evaluate_model
+from modmoe.finetune.resume import check_run, describe_run, last_state, start_run
+from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report
+from modmoe.loading import TIED_PREFIX, load, load_tokenizer, pick_device
+from modmoe.modeling.modeling_modmoe import ModularMixin
+from modmoe.recipe import Recipe
+from modmoe.staging import check_output, open_output
+
+LOG = logging.getLogger(__name__)
+LEARNING_RATES = {"router": 5e-4, "lora": 5e-4, "full": 1e-4}
+"""Peak learning rates where the recipe names none."""
+_EVAL_TOKENS = 16384
+
+
+def finetune(
+    source: str,
+    output: str,
+    recipe: Recipe,
+    *,
+    eval_tasks: dict[str, str],
+    resume: bool,
+    overwrite: bool,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Train a checkpoint on the recipe's tasks and write one of the same form, whole or not at all.
+
+    Weights learn in float32 (with bfloat16 products on a GPU that has them) and are written in the source's own type.
+
+    Args:
+        source: a tied checkpoint, or a dense one with ``train: full`` or ``lora``.
+        output: a directory that is free; states lie in ``<output>.partial/trainer`` until the end.
+        recipe: its ``finetune`` part, tasks, seed, device and trust.
+        eval_tasks: task name to file; each is measured before and after.
+        resume: go on from the last state that an interrupted run left, bit for bit; without one, begin anew.
+        overwrite: replace what is in ``output``.
+        progress: called with a message and, where they are known, the steps done and the steps in all.
+
+    Returns ``steps``, ``tokens`` seen, ``seconds`` of this call, ``parameters: {trainable, total}``, ``loss: {first,
+    last}``, ``output``, and ``tasks: {NAME: {before, after}}`` of mean losses where there are ``eval_tasks``.
+
+    Raises:
+        RecipeError: the model cannot be trained in this way, a task is no expert, the recipe is not that of the run to
+            go on with, or the loss is not finite.
+        CheckpointError, CalibrationError: a model or a file cannot be read.
+    """
+    progress = progress or silent
+    started_s = time.monotonic()
+    check_output(output, overwrite=overwrite)
+    directory = resolve_source(source)
+    with _quiet(), open_output(output, overwrite=overwrite, resume=True) as partial:
+        # open_output would throw the states away on any error; they stay as long as there is one to go on from
+        states = partial / "trainer"
+        _clear(partial, keep=states if resume else None)
+        try:
+            result = _run(directory, partial, recipe, eval_tasks, resume, progress)
+            shutil.rmtree(states)
+        except BaseException as error:
+            if isinstance(error, DivergedError) or not any(states.glob("checkpoint-*")):
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                LOG.info("what was trained so far is kept in %s; go on with --resume", partial)
+            raise
+    return {**result, "output": str(output), "seconds": round(time.monotonic() - started_s, 2)}
+
+
+def _run(
+    source: Path, partial: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
+) -> dict[str, Any]:
+    wanted, trust = recipe.finetune, recipe.trust_remote_code
+    progress("loading")
+    device = pick_device(recipe.device)
+    model = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    lora = _choose_what_learns(model, source, recipe)
+    teacher = None
+    if wanted.distill_from is not None and wanted.distill_weight > 0:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        teacher = load_teacher(wanted.distill_from, model, tokenizer, trust_remote_code=trust, dtype=dtype)
+    packing = wanted.packing and all(map(keeps_rows_apart, [model, *([teacher] if teacher is not None else [])]))
+    if wanted.packing and not packing:
+        LOG.info("packing is off: this architecture would read other rows of a packed sequence")
+    progress("reading the tasks")
+    dataset = training_set(
+        tokenizer,
+        recipe.tasks,
+        sequence_length=wanted.sequence_length,
+        num_sequences=wanted.max_steps * wanted.batch_size,
+        seed=recipe.seed,
+        experts=model.config.expert_names if _is_routed_by_task(model) else None,
+        packing=packing,
+    )
+    state = _find_state(partial / "trainer", describe_run(recipe, str(source), dataset), resume)
+    tasks: dict[str, dict[str, float]] = {}
+    if eval_tasks:
+        progress("measuring before")
+        tasks = {name: {"before": loss} for name, loss in _losses(model, tokenizer, eval_tasks, recipe).items()}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    trainer = ModularTrainer(
+        model=model,
+        args=_arguments(partial / "trainer", recipe, device),
+        data_collator=Collator(padding=padding, packing=packing),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[Report(progress)],
+        recipe=wanted,
+        teacher=teacher,
+    )
+    sizes = {
+        "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        "total": model.num_parameters(),
+    }
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    trained = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
+    progress("writing")
+    _write(trained, source, partial, recipe)
+    if eval_tasks:
+        progress("measuring after")
+        for name, loss in _losses(trained, tokenizer, eval_tasks, recipe).items():
+            tasks[name]["after"] = loss
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "parameters": sizes,
+        "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]},
+        **({"tasks": tasks} if tasks else {}),
+    }
+    write_json(partial / "modmoe_training.json", {**result, "log": history})
+    return result
+
+
+def _is_routed_by_task(model: PreTrainedModel) -> bool:
+    return isinstance(model, ModularMixin) and model.config.routing == "task"
+
+
+def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> LoraConfig | None:
+    """Freeze what does not learn; return the LoRA to attach where there is one."""
+    train = recipe.finetune.train
+    routers = [name for name, _ in model.named_parameters() if ".router." in name] if _has_routers(model) else []
+    if train == "adapters":
+        raise RecipeError(f"finetune.train: {source} has no adapters attached yet; train router, lora or full.")
+    if train == "router" and not routers:
+        why = "is routed by task and has no router" if _is_routed_by_task(model) else "is dense and has no router"
+        raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
+    if train == "lora":
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.finetune.lora_rank,
+            lora_alpha=2 * recipe.finetune.lora_rank,
+            target_modules=_ffn_matrices(model, recipe),
+            modules_to_save=["router"] if routers else None,
+        )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(train == "full" or name in routers)
+    return None
+
+
+def _has_routers(model: PreTrainedModel) -> bool:
+    return isinstance(model, ModularMixin) and model.config.routing != "task"
+
+
+def _ffn_matrices(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """Return the full names of the linear layers of all FFNs: in a tied model those of the shared modules."""
+    config = model.config
+    if isinstance(model, ModularMixin):
+        layers, paths = config.ffn_layers, {f"{config.ffn_path}.{name}_proj" for name in ("gate", "up", "down")}
+    else:
+        family = family_of(config.to_dict(), recipe.family)
+        layers, paths = family.layers, {path for path in (family.gate, family.up, family.down) if path is not None}
+    found = []
+    for number, layer in enumerate(model.get_submodule(layers).children()):
+        names = {name for name, _ in layer.named_modules()}
+        found += [f"{layers}.{number}.{path}" for path in sorted(paths & names)]
+    return found
+
+
+def _find_state(states: Path, run: dict[str, Any], resume: bool) -> Path | None:
+    state = last_state(states) if resume else None
+    if state is None:
+        if resume:
+            LOG.info("there is no state to go on from; training begins anew")
+        start_run(states, run)
+        return None
+    check_run(states, run)
+    LOG.info("going on from %s", state.name)
+    return state
+
+
+def _arguments(states: Path, recipe: Recipe, device: torch.device) -> SFTConfig:
+    wanted = recipe.finetune
+    rate = wanted.learning_rate if wanted.learning_rate is not None else LEARNING_RATES[wanted.train]
+    arguments = SFTConfig(
+        output_dir=str(states),
+        max_steps=wanted.max_steps,
+        per_device_train_batch_size=wanted.batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(wanted.warmup_fraction * wanted.max_steps),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=recipe.seed,
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        save_steps=wanted.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, wanted.max_steps // 20),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=wanted.sequence_length,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=device.type == "cuda",
+        router_aux_loss_coef=0.0,
+    )
+    # with several GPUs in sight the trainer would split batches between copies of the model; one is used
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _losses(model: PreTrainedModel, tokenizer: Any, tasks: dict[str, str], recipe: Recipe) -> dict[str, float]:
+    found = evaluate_model(
+        model,
+        tokenizer,
+        tasks,
+        tokens=_EVAL_TOKENS,
+        sequence_length=recipe.finetune.sequence_length,
+        batch_size=recipe.finetune.batch_size,
+        seed=recipe.seed,
+    )
+    return {name: numbers["loss"] for name, numbers in found.items()}
+
+
+@torch.no_grad()
+def _write(model: PreTrainedModel, source: Path, partial: Path, recipe: Recipe) -> None:
+    """Write weights, code and what belongs to them; the model in memory is rounded to what is written."""
+    before = Checkpoint(source)
+    kinds = [before.dtype(name) for name in before]
+    floating = [kind for kind in kinds if kind.is_floating_point]
+    usual = max(set(floating), key=floating.count)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    writer = CheckpointWriter(partial)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    for tensor in state.values():
+        if tensor.is_floating_point() and usual.itemsize < tensor.element_size():
+            tensor.copy_(tensor.to(usual))
+    for name, tensor in revert_weight_conversion(model, state).items():
+        kind = before.dtype(name) if name in before else usual
+        writer.write(name, tensor.to(kind) if tensor.is_floating_point() else tensor)
+    writer.finish(before.config)
+    copy_companions(source, partial)
+    if str(before.config.get("model_type")).startswith(TIED_PREFIX):
+        write_code(partial, before.config, source)
+    else:
+        for name, text in own_files(before.config, source).items():
+            (partial / name).write_text(text, encoding="utf-8")
+    if (source / "modmoe.yaml").is_file():
+        shutil.copyfile(source / "modmoe.yaml", partial / "modmoe.source.yaml")
+    save_recipe(partial, recipe)
+
+
+def _clear(partial: Path, keep: Path | None) -> None:
+    for path in partial.iterdir():
+        if path == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' bars where no one looks at them; the caller's own progress says what is done."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    shown = not are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
+
+
+__all__ = ["LEARNING_RATES", "finetune"]
