@@ -40,6 +40,8 @@ class Console:
                 os.environ.setdefault(name, "error")
             for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
                 os.environ.setdefault(name, "1")
+            if "transformers" in sys.modules:  # where it was imported before, it has read the environment already
+                sys.modules["transformers"].utils.logging.disable_progress_bar()
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"modmoe\b")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

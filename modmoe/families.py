@@ -39,6 +39,8 @@ class Family:
     """The configuration key that holds the number of neurons."""
     activation: str = "hidden_act"
     """The configuration key that names the activation function."""
+    head: str = "lm_head"
+    """The output head's name in checkpoints; transformers renames it to ``lm_head`` for its own classes alone."""
     dropout: str | None = None
     """The configuration key of a dropout inside the FFN, behind ``down``; None where there is none."""
 
@@ -75,6 +77,7 @@ FAMILIES: dict[str, Family] = {
             gate=None,
             up="mlp.dense_h_to_4h",
             down="mlp.dense_4h_to_h",
+            head="embed_out",
         ),
         Family(
             model_type="opt",

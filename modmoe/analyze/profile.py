@@ -154,8 +154,7 @@ def profile_model(
         if not gradients:
             return None
         tracked = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        mask, row = mask_BT, task
-        # the lambda runs in this batch's backward pass, before the names below are bound anew
+        # the lambda runs in this batch's backward pass, before task and mask_BT are bound anew
         tracked.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: layers[layer].add_taylor(task, rows_TF, real_rows(gradient, mask_BT))
         )

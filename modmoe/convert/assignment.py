@@ -28,9 +28,9 @@ class Assignment:
     def __post_init__(self) -> None:
         """Refuse experts that are empty, of unequal size, or not named one by one."""
         if self.membership_EM.ndim != 2 or self.membership_EM.dtype != torch.bool:
-            raise PartitionError(f"membership is {self.membership_EM.dtype}; it is a bool tensor of experts by modules.")
+            raise PartitionError(f"membership is {self.membership_EM.dtype}; it is a bool tensor, experts by modules.")
         if len(self.expert_names) != len(self.membership_EM) or not self.expert_names:
-            raise PartitionError(f"{len(self.expert_names)} names for {len(self.membership_EM)} experts; give each one.")
+            raise PartitionError(f"{len(self.expert_names)} names for {len(self.membership_EM)} experts; name each.")
         if len(set(self.expert_names)) != len(self.expert_names):
             raise PartitionError(f"experts {', '.join(self.expert_names)}: a name appears twice; rename one.")
         size_E = self.membership_EM.sum(1)
@@ -38,7 +38,7 @@ class Assignment:
             if not size:
                 raise PartitionError(f"expert '{name}' has no modules; give each at least one.")
         if int(size_E.min()) != int(size_E.max()):
-            raise PartitionError(f"experts have {int(size_E.min())} to {int(size_E.max())} modules; all must have as many.")
+            raise PartitionError(f"experts have {int(size_E.min())} to {int(size_E.max())} modules; give all as many.")
 
     @property
     def modules_per_expert(self) -> int:
@@ -108,7 +108,9 @@ def assign_top_score(
     membership_EM = torch.zeros(scores_PM.shape, dtype=torch.bool)
     membership_EM[:, order_M[:shared_modules]] = True
     own = order_M[shared_modules:].sort().values
-    best_EQ = scores_PM[:, own].sort(1, descending=True, stable=True).indices[:, : modules_per_expert - shared_modules]
+    best_EQ = (
+        scores_PM[:, own].sort(dim=1, descending=True, stable=True).indices[:, : modules_per_expert - shared_modules]
+    )
     own_EQ = torch.zeros(len(expert_names), len(own), dtype=torch.bool).scatter_(1, best_EQ, True)
     if coverage:
         own_EQ = _cover(scores_PM[:, own], own_EQ)
@@ -214,9 +216,9 @@ def _reverse_pieces(path: list[int], distance_UU: np.ndarray) -> list[int]:
 def _cover(scores_EQ: Tensor, own_EQ: Tensor) -> Tensor:
     """Give each module that nobody has to an expert, at the least total loss of score; experts keep their size.
 
-    An expert that takes a module gives up another; if that leaves the other with nobody, another expert takes it, and so
-    on, until one is given up that a further expert has. The cheapest such chain is a shortest path between modules, and
-    successive shortest paths end at the optimum, as in any flow problem.
+    An expert that takes a module gives up another; if nobody has that one now, some expert takes it, and so on, until
+    one is given up that a further expert has. The cheapest such chain is a shortest path between modules; successive
+    shortest paths end at the optimum, as in any flow problem.
     """
     own = own_EQ.clone().numpy()
     scores = scores_EQ.numpy()
@@ -250,11 +252,11 @@ def _check_numbers(
         )
     if not 0 <= shared_modules <= modules_per_expert:
         raise PartitionError(
-            f"assignment.shared_modules: {shared_modules} is not between 0 and modules_per_expert, {modules_per_expert}."
+            f"assignment.shared_modules: {shared_modules} is not between 0 and the {modules_per_expert} of an expert."
         )
     least = shared_modules + -(-(modules - shared_modules) // tasks)
     if coverage and modules_per_expert < least:
         raise PartitionError(
-            f"assignment.coverage: {tasks} experts of {modules_per_expert} modules, {shared_modules} of them shared, cannot "
-            f"cover {modules} modules; the least modules_per_expert that does is {least}."
+            f"assignment.coverage: {tasks} experts of {modules_per_expert} modules, {shared_modules} of them shared, "
+            f"cannot cover {modules} modules; the least modules_per_expert that does is {least}."
         )

@@ -65,7 +65,7 @@ def modular_plan(
         made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
         made.update(_router_ops(target, start, order_S, source.dtype(f"{family.layers}.{layer}.{family.down}.weight")))
         ops.update(made)
-    kept: dict[str, Op] = {name: Copy(name) for name in source if name not in replaced}
+    kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
     config.update(_fields(source, family, recipe, partitions[0], assignments[0], starts[0], classes, settings))
     config["stored_modules"] = [len(order_S) for order_S in orders]
@@ -75,6 +75,11 @@ def modular_plan(
 def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
     """Return the dense neuron that each stored neuron is, module after module."""
     return partition.permutation_F.reshape(partition.num_modules, -1)[order_S].flatten()
+
+
+def _kept_name(name: str, family: Family) -> str:
+    head = f"{family.head}."
+    return f"lm_head.{name.removeprefix(head)}" if name.startswith(head) else name
 
 
 def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partition, order_S: Tensor) -> dict[str, Op]:

@@ -104,8 +104,9 @@ def run(
         effort: how much is done; None is what fits in three minutes on two cores.
 
     Returns ``models`` (dense, converted, fine-tuned: ``loss`` by task, ``stored``, ``active``,
-    ``decode_tokens_per_second``, ``directory``), ``samples`` (task to model to text), ``exports`` (form to what the export
-    returned), ``conversion``, ``training``, ``tasks``, ``report``, ``output`` and ``seconds`` by stage and in total.
+    ``decode_tokens_per_second``, ``directory``), ``samples`` (task to model to text), ``exports`` (form to what that
+    export returned), ``conversion``, ``training``, ``tasks``, ``report``, ``output`` and ``seconds`` by stage and in
+    total.
 
     Raises:
         ModmoeError: ``output`` is not free, or cannot be written.

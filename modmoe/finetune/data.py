@@ -17,7 +17,6 @@ from modmoe.errors import CalibrationError, RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 LOG = logging.getLogger(__name__)
 IGNORED = -100
@@ -151,7 +150,7 @@ def training_set(
         CalibrationError: a file cannot be read, or no row has a token that counts.
     """
     from datasets import Dataset, concatenate_datasets
-    from trl import pack_dataset
+    from trl.data_utils import pack_dataset
 
     if experts is not None:
         for name in tasks:
@@ -247,7 +246,7 @@ class Collator:
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: PreTrainedModel) -> bool:
+def keeps_rows_apart(model: Any) -> bool:
     """Return whether a row gets the same logits behind another one in a sequence as it gets alone.
 
     Measured, since it depends on the architecture and its attention: one that ignores where positions begin anew would

@@ -13,7 +13,7 @@ from modmoe.modeling.modeling_modmoe import ModularMixin
 
 
 def load_teacher(
-    source: str, student: PreTrainedModel, tokenizer: Any, *, trust_remote_code: bool, dtype: torch.dtype
+    source: str, student: Any, tokenizer: Any, *, trust_remote_code: bool, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Load the dense model, frozen and in evaluation mode, onto the student's device.
 
@@ -21,7 +21,7 @@ def load_teacher(
         RecipeError: its vocabulary is not the student's, or it is routed by task.
         CheckpointError: it cannot be loaded.
     """
-    teacher = load(source, trust_remote_code=trust_remote_code, dtype=dtype, device=student.device.type)
+    teacher: Any = load(source, trust_remote_code=trust_remote_code, dtype=dtype, device=student.device.type)
     place = f"finetune.distill_from: {source}"
     if isinstance(teacher, ModularMixin) and teacher.config.routing == "task":
         raise RecipeError(f"{place}: is routed by task; name the dense model.")
@@ -38,4 +38,5 @@ def load_teacher(
     if known is not None and known != tokenizer.get_vocab():
         raise RecipeError(f"{place}: its tokenizer's vocabulary is another; name a model of the same vocabulary.")
     teacher.requires_grad_(False)
-    return teacher
+    frozen: PreTrainedModel = teacher
+    return frozen

@@ -115,9 +115,7 @@ def evaluate_model(
     return results
 
 
-def decode_speed(
-    model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int = 64, *, repeats: int = 3
-) -> float:
+def decode_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 64, *, repeats: int = 3) -> float:
     """Return tokens a second of greedy generation with a cache: the median of ``repeats``, the prompt's pass included.
 
     Exactly ``new_tokens`` tokens are made each time. A model routed by task must have its expert set.
@@ -161,7 +159,7 @@ def _expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | N
 
 
 @contextlib.contextmanager
-def _reading(model: PreTrainedModel, expert: str | None) -> Iterator[None]:
+def _reading(model: Any, expert: str | None) -> Iterator[None]:
     """Put a model in evaluation mode, with one expert where it is named, and back as it was at the end."""
     was_training = model.training
     model.eval()
@@ -237,7 +235,7 @@ def _padding(tokenizer: Any) -> int:
     return int(padding if padding is not None else getattr(tokenizer, "eos_token_id", None) or 0)
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

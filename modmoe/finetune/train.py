@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
@@ -122,7 +122,7 @@ def _run(
         progress("measuring before")
         tasks = {name: {"before": loss} for name, loss in _losses(model, tokenizer, eval_tasks, recipe).items()}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    trainer = ModularTrainer(
+    trainer: Any = ModularTrainer(
         model=model,
         args=_arguments(partial / "trainer", recipe, device),
         data_collator=Collator(padding=padding, packing=packing),
@@ -303,7 +303,9 @@ def _clear(partial: Path, keep: Path | None) -> None:
 def _quiet() -> Iterator[None]:
     """Silence the libraries' bars where no one looks at them; the caller's own progress says what is done."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
 
     if sys.stderr.isatty():
         yield

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.errors import RecipeError
 from modmoe.finetune.data import IGNORED
@@ -30,15 +30,16 @@ class DivergedError(RecipeError):
     """The loss is not a finite number; going on from a state would lead there again."""
 
 
-class ModularTrainer(SFTTrainer):  # type: ignore[misc]
+class ModularTrainer(SFTTrainer):
     """Trains a tied or dense model on a batch of ``modmoe.finetune.data.Collator``.
 
     The sum that learns is (1 - distill_weight) text + distill_weight distill + balance_weight balance, see
     ``modmoe.finetune.losses``; each part is logged.
     """
 
+    model: Any
     # one batch is one step here, so nothing is accumulated
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: Any = True
 
     def __init__(
         self, *args: Any, recipe: FinetuneRecipe, teacher: PreTrainedModel | None = None, **kwargs: Any
@@ -46,7 +47,7 @@ class ModularTrainer(SFTTrainer):  # type: ignore[misc]
         """Take what SFTTrainer takes, the recipe of the losses, and the dense model to learn from."""
         super().__init__(*args, **kwargs)
         self.recipe, self.teacher = recipe, teacher
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.routed = base if isinstance(base, ModularMixin) and base.config.routing != "task" else None
         self.top_k = 0 if self.routed is None else int(self.routed.config.num_experts_per_tok)
         # with every expert chosen always there is nothing to balance
@@ -133,7 +134,7 @@ class ModularTrainer(SFTTrainer):  # type: ignore[misc]
         """Tell nobody that this was run."""
 
 
-class Report(TrainerCallback):  # type: ignore[misc]
+class Report(TrainerCallback):
     """Tells the caller how far training is, and logs the losses."""
 
     def __init__(self, progress: Any) -> None:

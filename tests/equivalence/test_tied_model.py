@@ -10,7 +10,7 @@ import torch
 from modmoe.families import FAMILIES
 from modmoe.modeling.modular_ffn import ModularFFN
 from tests.reference import tied_ffn
-from tests.tied import EXPERTS, NUM_MODULES, load_pair
+from tests.planned import EXPERTS, NUM_MODULES, load_pair
 from tests.tiny import token_ids
 
 ROUTINGS = ("token", "sequence", "task")
@@ -213,7 +213,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(routed):
     for is_checkpointed in (False, True):
         model = copy.deepcopy(routed).train()
         if is_checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable()
         with model.record_router_logits():
             model(ids, labels=ids, use_cache=False, **extra).loss.backward()
             assert len(model.routing_state.logits) == (0 if routed.config.routing == "task" else 2)
