@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.modmoe-installed
 TREE := build/tree
-DEMO_OUT ?=
+DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
 
 .PHONY: help demo test lint format types imports sizes unit wheel clean install
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/modmoe demo $(DEMO_OUT)
+	$(BIN)/modmoe demo $(DEMO_OUT) --overwrite
 
 test: lint unit
 

@@ -78,13 +78,20 @@ class Console:
             self._end_bar()
             print(line, file=sys.stderr, flush=True)
 
-    def finish(self, result: Mapping[str, Any], *, title: str = "", next_step: str = "") -> None:
-        """Print the result: one JSON object, or tables and what the user may do next."""
+    def finish(
+        self,
+        result: Mapping[str, Any],
+        *,
+        title: str = "",
+        next_step: str = "",
+        shown: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Print the result: one JSON object, or tables (of ``shown`` if given) and what the user may do next."""
         self._end_bar()
         if self.as_json:
             self._stdout.write(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
         elif not self.quiet:
-            show(result, title, self._stdout)
+            show(result if shown is None else shown, title, self._stdout)
         self._stdout.flush()
         if next_step and not self.as_json:
             self.say(f"next: {next_step}")

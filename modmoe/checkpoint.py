@@ -215,6 +215,8 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            # safetensors makes files that only their owner reads
+            self._temporary(number).chmod(0o644)
             self._temporary(number).rename(self.directory / file)
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:

@@ -217,6 +217,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     tree: dict[str, Any] = {}
     for key, value in values.items():
         if value is None:
+            _check_key(key)
             continue
         *parents, leaf = key.split(".") if not key.startswith(_OPEN_MAPS) else [key]
         node = tree
@@ -237,13 +238,23 @@ def dump_recipe(recipe: Recipe, extra: Mapping[str, Any] | None = None) -> str:
 _OPEN_MAPS = ("tasks", "family")
 
 
+def _check_key(key: str) -> None:
+    """Refuse an unknown key whose value says nothing, such as a section without entries."""
+    cls: Any = Recipe
+    for part in key.split("."):
+        known = {item.name for item in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+        if part not in known:
+            raise RecipeError(f"{key}: no such key.{did_you_mean(part, known)}")
+        cls = typing.get_type_hints(cls)[part]
+
+
 def _flatten(raw: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         if not isinstance(key, str):
             raise RecipeError(f"{prefix or 'recipe'}: key {key!r} is not a word.")
         place = f"{prefix}{key}"
-        if isinstance(value, dict) and place not in _OPEN_MAPS:
+        if isinstance(value, dict) and value and place not in _OPEN_MAPS:
             flat.update(_flatten(value, place + "."))
         else:
             flat[place] = value

@@ -288,7 +288,7 @@ def _parse_json(place: str, path: Path, text: str, limit: int | None) -> Rows:
 
 def _parse_text(text: str) -> Rows:
     text = text.replace("\r\n", "\n").strip("\n")
-    documents = [document for document in re.split(r"\n[ \t]*\n", text) if document.strip()]
+    documents = [document for document in re.split(r"\n(?:[ \t]*\n)+", text) if document.strip()]
     if len(documents) == 1:
         documents, passage = [], ""
         for line in text.splitlines():

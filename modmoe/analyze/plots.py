@@ -121,7 +121,7 @@ def _paint_neurons(axes: Axes, view: LayerView) -> None:
     axes.imshow(cells, aspect="auto", interpolation="none")
     axes.set_yticks([])
     axes.set_ylabel("neurons")
-    _rule(axes, 1, len(view.modules))
+    _rule(axes, len(cells), len(view.modules), is_ruled_across=False)
     if len(view.tasks) == 1:
         axes.set_title("neurons, the stronger the more active")
     else:
@@ -252,12 +252,13 @@ def _name_modules(axes: Axes, modules: Sequence[int]) -> None:
     axes.set_xlabel("module" if step == 1 else f"module, every {step}. named")
 
 
-def _rule(axes: Axes, rows: int, columns: int) -> None:
-    """Draw thin lines in the page's colour between the cells."""
+def _rule(axes: Axes, rows: int, columns: int, *, is_ruled_across: bool = True) -> None:
+    """Draw thin lines in the page's colour between the columns of cells, and between the rows."""
     width = 1.2 if columns <= _MOST_TICKS else 0.5
     # lines, not a grid: a tick for each would take most of the time
     axes.vlines(np.arange(0.5, columns - 1), -0.5, rows - 0.5, colors=_PAPER, linewidth=width)
-    axes.hlines(np.arange(0.5, rows - 1), -0.5, columns - 0.5, colors=_PAPER, linewidth=width)
+    if is_ruled_across:
+        axes.hlines(np.arange(0.5, rows - 1), -0.5, columns - 0.5, colors=_PAPER, linewidth=width)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

@@ -244,9 +244,9 @@ class _Sums:
             wide_TF = part_TF.double()
             sum_PF[task] += wide_TF.sum(0)
             square_PF[task] += torch.linalg.vecdot(wide_TF, wide_TF, dim=0)
-            wide_TF.abs_()
-            abs_PF[task] += wide_TF.sum(0)
-            active_PF[task] += (wide_TF > wide_TF.mean(1, keepdim=True)).sum(0)
+            size_TF = wide_TF.abs()
+            abs_PF[task] += size_TF.sum(0)
+            active_PF[task] += (size_TF > size_TF.mean(1, keepdim=True)).sum(0)
             if partition is not None and down_DF is not None:
                 norm_PM = self._vector("norm_PM", rows_TF, partition.num_modules)
                 norm_PM[task] += self._module_norms(part_TF, partition, down_DF).double().sum(0)

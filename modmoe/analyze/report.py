@@ -66,7 +66,7 @@ def write_report(
     body += _parameters(analysis, summary) if summary is not None else []
     body += _quality(evaluation) if evaluation else []
     body += _over_layers(recipe, analysis, assignments, summary)
-    body += _layers(analysis, assignments, summary, tasks)
+    body += _layers(recipe, analysis, assignments, summary, tasks)
     body += _samples(samples) if samples else []
     body += _origin(recipe, analysis)
     text = page.page(f"ModularMoE report: {recipe.source or 'model'}", body)
@@ -108,13 +108,8 @@ def _describe(
 
 def _parameters(analysis: Analysis, summary: Mapping[str, Any]) -> list[str]:
     counts, sparsity = summary.get("parameters") or {}, summary.get("sparsity") or {}
-    meanings = {
-        "dense": "the model before conversion",
-        "stored": "in the checkpoint, every module once",
-        "active": "what one token uses",
-        "materialised": "if every expert had copies of its modules",
-    }
-    values = {name: int(counts[name]) for name in meanings if counts.get(name) is not None}
+    names = ("dense", "stored", "active", "materialised")
+    values = {name: int(counts[name]) for name in names if counts.get(name) is not None}
     if not values:
         return []
     checkpoint = analysis.source.checkpoint
@@ -123,7 +118,7 @@ def _parameters(analysis: Analysis, summary: Mapping[str, Any]) -> list[str]:
     exact = {"dense": tensor_bytes(checkpoint), "stored": summary.get("tensor_bytes")}
     rows = [
         (
-            f"{name}: {meanings[name]}",
+            name,
             f"{value:,}",
             _megabytes(exact.get(name) or value * each_bytes),
             f"{100 * value / values.get('dense', value):.1f} %",
@@ -136,14 +131,17 @@ def _parameters(analysis: Analysis, summary: Mapping[str, Any]) -> list[str]:
         page.table("Parameters", ("", "number", "bytes", "of dense"), rows, note="and the bytes of their tensors."),
         page.figure(plots.draw_bars("bars", label, millions, "million parameters"), "Parameters.", "As in the table."),
     ]
-    words = ""
+    words = (
+        "Stored is what the checkpoint holds, every module once. Active is what one token uses, the mean over the "
+        "choices of experts. Materialised is what it would be if every expert had its own copy of its modules."
+    )
     if sparsity:
-        words = (
-            f"FFN sparsity {100 * sparsity['ffn']:.1f} %: the share of FFN neurons that a token does not use. "
-            f"Total sparsity {100 * sparsity['total']:.1f} %: the share of all parameters, embeddings and attention "
+        words += (
+            f" FFN sparsity is {100 * sparsity['ffn']:.1f} %: the share of FFN neurons that a token does not use. "
+            f"Total sparsity is {100 * sparsity['total']:.1f} %: the share of all parameters, embeddings and attention "
             "included."
         )
-    return [page.heading("Parameters"), page.grid(parts), *([page.paragraph(words)] if words else [])]
+    return [page.heading("Parameters"), page.grid(parts), page.paragraph(words)]
 
 
 def _quality(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -167,7 +165,11 @@ def _quality(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
         page.grid(
             [
                 page.table("Loss of each task,", ("", *models), rows, note="in nats a token; lower is better."),
-                page.figure(plots.draw_losses("loss", label, losses, tasks), "Loss of each task.", ""),
+                page.figure(
+                    plots.draw_losses("loss", label, losses, tasks),
+                    "Loss of each task.",
+                    "The nearer to the dense model's, the less was lost.",
+                ),
             ]
         ),
     ]
@@ -193,14 +195,15 @@ def _over_layers(
         parts.append(
             page.figure(plots.draw_layers("variation", label, lines, "variation"), "Variation between tasks.", text)
         )
-    routers = [router for router in (summary or {}).get("routers") or [] if router.get("agreement") is not None]
+    routers = _routers(recipe, summary)
     if routers:
-        lines = {"agreement": [100 * float(router["agreement"]) for router in routers]}
-        if all(router.get("chance") is not None for router in routers):
-            lines["chance"] = [100 * float(router["chance"]) for router in routers]
+        lines = {name: [100 * float(router[name]) for router in routers] for name in ("agreement", "chance")}
         label = "Agreement of the routers with the best expert by layer, percent: " + _spell(lines)
-        text = "How often the router as converted chooses the expert that loses least of the dense output, in percent."
-        parts.append(page.figure(plots.draw_layers("routers", label, lines, "%"), "Routers.", text))
+        text = (
+            "How often the router as converted chooses the expert that loses least of the dense output; chance is "
+            "always choosing the one that is best most often."
+        )
+        parts.append(page.figure(plots.draw_layers("routers", label, lines, "% of tokens"), "Routers.", text))
     if assignments:
         stored = [float(assignment.membership_EM.any(0).sum()) for assignment in assignments]
         core = [float(assignment.membership_EM.all(0).sum()) for assignment in assignments]
@@ -211,13 +214,21 @@ def _over_layers(
     return [page.heading("Over the layers"), page.grid(parts)] if parts else []
 
 
+def _routers(recipe: Recipe, summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return each layer's agreement and chance; nothing where the caller routes."""
+    found = (summary or {}).get("routers") or []
+    is_measured = all(isinstance(router.get(name), float) for router in found for name in ("agreement", "chance"))
+    return list(found) if recipe.router.routing != "task" and is_measured else []
+
+
 def _layers(
+    recipe: Recipe,
     analysis: Analysis,
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
     tasks: Sequence[str],
 ) -> list[str]:
-    routers = (summary or {}).get("routers") or []
+    routers = _routers(recipe, summary)
     folds = []
     for layer in range(len(analysis.scores_PM)):
         assignment = assignments[layer] if assignments else None
@@ -227,7 +238,7 @@ def _layers(
             held_M = member_EM.sum(0)
             num_stored, num_core = int((held_M > 0).sum()), int(member_EM.all(0).sum())
             aside = f"{num_stored} of {len(held_M)} modules stored, {num_core} of them in every expert"
-        if layer < len(routers) and routers[layer].get("agreement") is not None:
+        if routers:
             aside += f", router agrees in {100 * routers[layer]['agreement']:.0f} %"
         view = _view(analysis, layer, tasks, assignment)
         label = (

@@ -189,7 +189,9 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
     sizes = {name: torch.Size(checkpoint.shape(name)).numel() for name in checkpoint}
     dense = sum(sizes.values())
     paths = {path for path in (family.gate, family.up, family.down) if path is not None}
-    ffn = sum(sizes[f"{family.layers}.{layer}.{path}.weight"] for layer in range(source.num_layers) for path in paths)
+    # the bias behind down belongs to no module
+    kinds = [f"{path}.weight" for path in paths] + [f"{path}.bias" for path in paths - {family.down}]
+    ffn = sum(sizes.get(f"{family.layers}.{layer}.{kind}", 0) for layer in range(source.num_layers) for kind in kinds)
     stored = min(modules, experts * (per_expert - shared) + shared)
     tokens = recipe.calibration.tokens * len(recipe.tasks)
     return {

@@ -28,8 +28,6 @@ from modmoe.recipe import load_recipe
 
 RECIPE = "modmoe.yaml"
 _RESTORED = ("model_type", "architectures", "auto_map")
-# what transformers calls otherwise in memory, and so a tied model on disk; other engines know the Hub's name
-_HUB_NAMES = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,8 +90,7 @@ def dense_plan(tied: Checkpoint, family: Family, expert: str) -> Plan:
         replaced.update(name for name in tied if name.startswith(prefix))
     if len(widths) != 1:
         raise ExportError(f"{tied.directory}: expert '{expert}' has {sorted(widths)} neurons; layers must agree.")
-    hub_names = _HUB_NAMES.get(family.model_type, {})
-    kept: dict[str, Op] = {hub_names.get(name, name): Copy(name) for name in tied if name not in replaced}
+    kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in tied if name not in replaced}
     config = dense_config(tied.config)
     config[family.width] = widths.pop()
     if adds_bias:
@@ -160,6 +157,11 @@ def family_of_tied(tied: Checkpoint) -> Family:
         f"{tied.directory}: nothing says where '{before.get('model_type')}' keeps its FFNs; put `family:` of the "
         f"recipe that converted it into {RECIPE} there, or use --form tied."
     )
+
+
+def _kept_name(name: str, family: Family) -> str:
+    """Return a name as the family's checkpoints have it: tied ones all call the output head ``lm_head``."""
+    return f"{family.head}.{name.removeprefix('lm_head.')}" if name.startswith("lm_head.") else name
 
 
 def _layer_ops(tied: Checkpoint, family: Family, layer: int, neurons_N: Tensor) -> dict[str, Op]:

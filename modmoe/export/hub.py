@@ -12,8 +12,6 @@ from typing import Any
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -26,6 +24,9 @@ from modmoe.errors import CheckpointError, ExportError
 _SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".model", ".jinja", ".yaml"}
 _PREFIXES = ("LICENSE", "NOTICE")
 _CARD_LINES = 40
+# the Hub's client and what it sends with: the errors of a connection are of the latter, whose name has changed before
+_CLIENTS = {"huggingface_hub", "hf_xet", "httpcore", "httpcore2", "httpx", "httpx2"}
+_ABSOLUTE = re.compile(r"(?:^|[\s'\":])(~?/[^\s'\"]+|[A-Za-z]:\\[^\s'\"]+)")
 
 
 def push(
@@ -49,7 +50,7 @@ def push(
 
     Returns:
         ``repo``, ``revision``, ``dry_run``, ``files`` (path, bytes, sha256), ``bytes``, ``card`` (the head of README.md
-        or None), and after a push ``url``, ``commit`` and ``pull_request``.
+        or None), ``warnings``, and after a push ``url``, ``commit`` and ``pull_request``.
 
     Raises:
         ExportError: the directory holds no whole checkpoint, the name is none, or the Hub refuses.
@@ -65,12 +66,15 @@ def push(
         "files": files,
         "bytes": sum(file["bytes"] for file in files),
         "card": _card_head(path),
+        "warnings": _warnings(path),
     }
     if dry_run:
         return result
     try:
         return {**result, **_upload(path, repo, [file["path"] for file in files], private, revision, create_pr)}
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except Exception as error:
+        if not _is_theirs(error):
+            raise
         # `from None`: the cause may quote headers of the request
         raise ExportError(f"{repo}: {explain(error)}") from None
 
@@ -154,6 +158,24 @@ def _check_whole(path: Path) -> None:
     for name in checkpoint:
         if tensor_sha256(checkpoint[name]) != sums[name]:
             raise ExportError(f"{path}: '{name}' is not what was written; the weights were changed or damaged.")
+
+
+def _is_theirs(error: Exception) -> bool:
+    """Return whether an error is the Hub's, the network's or the disk's rather than a bug of ours."""
+    # hf_xet raises RuntimeError for whatever goes wrong in an upload
+    return isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.split(".")[0] in _CLIENTS
+
+
+def _warnings(path: Path) -> list[str]:
+    """Return what the user should look at before others can, one line each."""
+    found = []
+    if not (path / "README.md").is_file():
+        found.append("there is no README.md; `modmoe export` writes one.")
+    recipe = path / "modmoe.yaml"
+    named = _ABSOLUTE.search(recipe.read_text(encoding="utf-8", errors="replace")) if recipe.is_file() else None
+    if named is not None:
+        found.append(f"modmoe.yaml names paths of this machine, such as {named[1]}; edit it if others need not know.")
+    return found
 
 
 def _card_head(path: Path) -> str | None:

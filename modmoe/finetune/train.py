@@ -239,7 +239,7 @@ def _arguments(states: Path, recipe: Recipe, device: torch.device) -> SFTConfig:
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=wanted.sequence_length,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataloader_pin_memory=device.type == "cuda",
         router_aux_loss_coef=0.0,
     )

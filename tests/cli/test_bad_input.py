@@ -103,7 +103,7 @@ CASES = [
     (pickle, [], "holds pickled weights only"),
     (unknown_family, [], "'lama' is not a dense family known here (gemma2, gemma3_text, gpt2, gpt_neox, llama,"),
     (wrong_width, [], "has 48 rows where config.json says 64 neurons"),
-    (own_code, [], "--trust-remote-code"),
+    (own_code, [], "Describe where its FFNs lie under `family:` in a recipe"),
     (empty_task, [], "sums.jsonl"),
     (no_task_file, [], "sums.jsonl"),
     (wrong_columns, [], "question"),
@@ -154,6 +154,8 @@ def test_convert_says_what_to_mend(work, capsys, spoil, flags, said):
         ("roter: {}\n", "roter: no such key"),
         ("seed: yes\n", "seed: True is not a whole number"),
         ("finetune:\n  learning_rate: fast\n", "finetune.learning_rate: 'fast' is not a number"),
+        ("roter:\n", "roter: no such key"),
+        ("partition:\n  num_module:\n", "partition.num_module: no such key"),
         ("router: token\n", "router: 'token' is not a mapping of keys"),
         ("- a\n", "a recipe is a mapping of keys, not a list"),
         ("a: [\n", "not valid YAML"),
@@ -169,6 +171,16 @@ def test_recipes_say_what_to_mend(work, capsys, text, said):
     lines = capsys.readouterr().err.strip().splitlines()
     assert said in lines[-1]
     assert not (work / "out").exists()
+
+
+def test_own_code_is_not_executed_unasked(work, capsys):
+    own_code(work)
+    (work / "dense" / "m.py").write_text(f"open({str(work / 'executed')!r}, 'w')")
+    recipe = work / "r.yaml"
+    recipe.write_text(f"family:\n  gate: mlp.gate_proj\ntasks:\n  words: {work}/tasks/words.jsonl\n")
+    assert run(["convert", str(work / "dense"), str(work / "out"), "-c", str(recipe)]) == 2
+    assert "read them, then pass --trust-remote-code" in capsys.readouterr().err
+    assert not (work / "executed").exists()
 
 
 def test_a_recipe_reads_1e_minus_4_as_a_number(work, capsys):

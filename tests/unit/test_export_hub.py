@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from modmoe.checkpoint import MANIFEST, CheckpointWriter
 from modmoe.errors import ExportError
@@ -145,6 +145,7 @@ class Response:
         (HfHubHTTPError(f"500 for Bearer {TOKEN}\n{TOKEN}", response=Response(500)), "refused or could not be reached"),
         (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
         (ConnectionError("no route, token other-secret"), "no route"),
+        (HTTPError("connection refused"), "connection refused"),
     ],
 )
 def test_the_hubs_errors_become_one_line_without_a_token(whole, api, monkeypatch, error, said):
@@ -156,3 +157,18 @@ def test_the_hubs_errors_become_one_line_without_a_token(whole, api, monkeypatch
     assert said in text and "\n" not in text
     assert TOKEN not in text and "other-secret" not in text
     assert caught.value.__cause__ is None
+
+
+def test_a_bug_stays_a_bug(whole, api, monkeypatch):
+    monkeypatch.setattr(api, "error", KeyError("ours"))
+    with pytest.raises(KeyError):
+        hub.push(str(whole), "me/moe")
+
+
+def test_paths_of_this_machine_are_pointed_out(whole):
+    (whole / "modmoe.yaml").write_text("source: me/model\ntasks:\n  sums: sums.jsonl\n")
+    assert hub.push(str(whole), "me/moe", dry_run=True)["warnings"] == []
+    (whole / "modmoe.yaml").write_text("source: me/model\ntasks:\n  sums: /home/me/sums.jsonl\n")
+    (whole / "README.md").unlink()
+    missing, named = hub.push(str(whole), "me/moe", dry_run=True)["warnings"]
+    assert "README.md" in missing and "/home/me/sums.jsonl" in named

@@ -1,0 +1,173 @@
+"""Files of every form become rows, rows become tokens, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, render, token_batches
+from modmoe.errors import CalibrationError
+from tests.tiny import dense_model, tokenizer
+
+TEXT = [{"text": "a b c"}, {"text": "d"}]
+PAIR = [{"prompt": "1+1=", "completion": "2"}]
+TALK = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+
+
+def write(directory: Path, name: str, content: str | bytes) -> str:
+    path = directory / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+@pytest.mark.parametrize("rows", [TEXT, PAIR, TALK], ids=["text", "pair", "messages"])
+def test_jsonl_json_and_parquet_give_the_same_rows(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    extra = [{**row, "id": number} for number, row in enumerate(rows)]
+    from datasets import Dataset
+
+    files = [write(tmp_path, "a.jsonl", "\ufeff" + lines(extra) + "\n\n"), write(tmp_path, "a.json", json.dumps(extra))]
+    files.append(write(tmp_path, "lines.json", lines(extra)) if len(extra) > 1 else files[0])
+    Dataset.from_list(extra).to_parquet(str(tmp_path / "a.parquet"))
+    for file in [*files, str(tmp_path / "a.parquet")]:
+        assert load_task("t", file).to_list() == rows, file
+        assert len(load_task("t", file, limit=1)) == 1
+
+
+def test_a_text_file_is_cut_at_blank_lines_or_joined_into_passages(tmp_path: Path) -> None:
+    documents = load_task("t", write(tmp_path, "a.txt", "one\ntwo\r\n\r\n \nthree\n"))["text"]
+    assert list(documents) == ["one\ntwo", "three"]
+    flat = "\n".join(f"line {number} of some length" for number in range(300))
+    passages = load_task("t", write(tmp_path, "b.txt", flat))["text"]
+    assert "\n".join(passages) == flat
+    assert len(passages) > 1
+    assert max(map(len, passages)) <= 2000
+
+
+def test_strings_in_a_list_are_text_and_blank_rows_are_dropped(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.json", json.dumps(["x", "  ", {"text": None}, "y"]))
+    assert list(load_task("t", file)["text"]) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", "", "holds no rows"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not valid UTF-8"),
+        ("a.txt", b"ab\ncd\xff\n", ":2: not valid UTF-8"),
+        ("a.jsonl", '{"text": 3}', "row 1: 'text' is a int, not text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}', "row 2: 'text' is a list"),
+        ("a.jsonl", "[1]", "is a JSON list, not an object"),
+        ("a.json", '{"a": 1}', "not a list of objects"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
+        ("a.jsonl", '{"question": "a", "answer": "b"}', "no usable column among question, answer"),
+        ("a.jsonl", '{"text": " "}\n{"text": ""}', "text of every row is empty"),
+        ("a.jsonl", '{"text": "\\ud800"}', "half a surrogate pair"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "lacks 'role' or 'content'"),
+        ("a.jsonl", '{"messages": "hi"}', "'messages' is not a list"),
+        ("a.parquet", "no parquet", "not a readable parquet file"),
+        ("a.csv", "text\na", "unknown extension '.csv'"),
+        ("a", "text", "unknown extension ''"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    file = write(tmp_path, name, content)
+    with pytest.raises(CalibrationError) as error:
+        load_task("math", file)
+    message = str(error.value)
+    assert message.startswith(f"tasks.math: {file}")
+    assert said in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("none.jsonl", "no such file"), ("hub:", "write hub:ID"), ("hub:a/b:c:d:e", "write hub:ID")]
+)
+def test_a_name_that_leads_nowhere_is_said_in_one_line(file: str, said: str) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        load_task("t", file)
+
+
+def test_render_uses_the_template_where_there_is_one() -> None:
+    tok = tokenizer()
+    assert render(PAIR[0], tok) == "1+1=2"
+    assert render(TALK[0], tok) == "user: hi\nassistant: ho"
+    tok.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert render(TALK[0], tok) == "<s>[user]hi[assistant]ho"
+
+
+def test_batches_are_cut_padded_on_the_right_and_stop_in_time() -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"text": "x" * length} for length in range(1, 40)])
+    settings: dict[str, Any] = {"tokens": 100, "sequence_length": 16, "batch_size": 3}
+    batches = token_batches(tokenizer(), "t", rows, **settings, seed=3)
+    again = token_batches(tokenizer(), "t", rows, **settings, seed=3)
+    assert all(torch.equal(a.input_ids_BT, b.input_ids_BT) for a, b in zip(batches, again, strict=True))
+    lengths = [int(mask.sum()) for batch in batches for mask in batch.attention_mask_BT]
+    assert max(lengths) == 16
+    assert 100 <= sum(lengths) < 116
+    for batch in batches:
+        mask_BT = batch.attention_mask_BT
+        assert torch.equal(mask_BT, mask_BT.sort(dim=1, descending=True).values)
+        assert bool((batch.input_ids_BT[mask_BT == 0] == 258).all())
+        assert batch.num_tokens == int(mask_BT.sum())
+    assert all(len(batch.input_ids_BT) == 3 for batch in batches[:-1])
+
+
+def test_a_template_that_writes_the_first_token_does_not_get_a_second() -> None:
+    from datasets import Dataset
+    from tokenizers.processors import TemplateProcessing
+
+    tok = tokenizer()
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    settings: dict[str, Any] = {"tokens": 10, "sequence_length": 16, "batch_size": 1, "seed": 0}
+    plain = token_batches(tok, "t", Dataset.from_list([{"text": "ab"}]), **settings)
+    assert plain[0].input_ids_BT[0].tolist().count(256) == 1
+    tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    talk = token_batches(tok, "t", Dataset.from_list(TALK), **settings)
+    assert talk[0].input_ids_BT[0].tolist().count(256) == 1
+
+
+def test_a_template_that_refuses_a_row_is_said_in_one_line() -> None:
+    from datasets import Dataset
+
+    tok = tokenizer()
+    tok.chat_template = "{{ raise_exception('no such\nrole') }}"
+    with pytest.raises(CalibrationError, match=r"tasks\.t: the chat template refuses row 1: no such role"):
+        token_batches(tok, "t", Dataset.from_list(TALK), tokens=5, sequence_length=4, batch_size=1, seed=0)
+
+
+def test_no_tokens_at_all_is_an_error() -> None:
+    from datasets import Dataset
+
+    def none(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    with pytest.raises(CalibrationError, match="finds no tokens in its 1 rows"):
+        token_batches(none, "t", Dataset.from_list(PAIR), tokens=5, sequence_length=4, batch_size=1, seed=0)
+
+
+def test_clusters_keep_every_sequence_and_part_two_kinds_of_text() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 2, (6, 12), generator=generator)
+    high = torch.randint(120, 122, (6, 12), generator=generator)
+    ids_BT = torch.stack([low, high], 1).flatten(0, 1)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[:, 9:] = 0
+    batches = [Batch(ids_BT[i : i + 4], mask_BT[i : i + 4]) for i in range(0, 12, 4)]
+    clusters = cluster_sequences(dense_model("llama"), batches, 2, seed=0)
+    assert list(clusters) == ["cluster0", "cluster1"]
+    kinds = [{bool(row[0] >= 120) for batch in cluster for row in batch.input_ids_BT} for cluster in clusters.values()]
+    assert sorted(map(sorted, kinds)) == [[False], [True]]
+    assert sum(batch.num_tokens for cluster in clusters.values() for batch in cluster) == 12 * 9
+    with pytest.raises(CalibrationError, match="cannot make 13 clusters"):
+        cluster_sequences(dense_model("llama"), batches, 13, seed=0)

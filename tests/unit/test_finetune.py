@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modmoe.checkpoint import Checkpoint, read_config
+from modmoe.errors import CalibrationError, RecipeError
+from modmoe.finetune.train import finetune
+from modmoe.loading import load
+from modmoe.recipe import load_recipe, make_recipe
+from tests import tied, tiny
+
+# peft 0.21 asks transformers 5.23 by the old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+SMALL = {"finetune.batch_size": 2, "finetune.sequence_length": 32, "finetune.learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with tiny models: dense, another vocabulary, and tied ones by routing."""
+    base = tmp_path_factory.mktemp("finetune")
+    # a model of the usual scale, so that training helps
+    dense = tiny.dense_model("llama", initializer_range=0.05)
+    tiny.save_dense(base / "dense", "llama", initializer_range=0.05)
+    tiny.save_dense(base / "other", "llama", vocab_size=300)
+    for routing in ("token", "sequence", "task"):
+        tied.save_tied(base / routing, dense, base / "dense", routing=routing)
+    return base
+
+
+@pytest.fixture(scope="module")
+def tasks(room: Path) -> dict[str, str]:
+    return tiny.write_tasks(room / "tasks", rows=32)
+
+
+def run(room: Path, out: Path, source: str, tasks: dict[str, str], *, progress: Any = None, **values: Any) -> Any:
+    keys = {key if key == "seed" else f"finetune.{key}": value for key, value in values.items()}
+    resume, overwrite = keys.pop("finetune.resume", False), keys.pop("finetune.overwrite", False)
+    eval_tasks = keys.pop("finetune.eval_tasks", {})
+    recipe = make_recipe({"source": str(room / source), "tasks": tasks, "device": "cpu", **SMALL, **keys})
+    return finetune(
+        str(room / source),
+        str(out),
+        recipe,
+        eval_tasks=eval_tasks,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return dict(Checkpoint(directory))
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = tensors(before), tensors(after)
+    assert old.keys() == new.keys()
+    assert all(old[name].dtype == new[name].dtype for name in old)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    said: list[tuple[Any, ...]] = []
+    result = run(
+        room,
+        tmp_path / "out",
+        "token",
+        tasks,
+        max_steps=12,
+        distill_from=str(room / "dense"),
+        eval_tasks=tasks,
+        progress=lambda *words: said.append(words),
+    )
+    out = tmp_path / "out"
+    assert result["steps"] == 12
+    assert result["tokens"] > 12 * 2 * 20
+    assert result["parameters"]["trainable"] == result["parameters"]["total"]
+    assert result["loss"]["last"] < result["loss"]["first"]
+    assert all(numbers["after"] < numbers["before"] for numbers in result["tasks"].values())
+    assert ("training", 12, 12) in said
+    assert "lm_head.weight" not in tensors(out)  # tied to the embedding, and written once
+    assert any(name.endswith("gate_proj.weight") for name in changed(room / "token", out))
+    assert read_config(out) == read_config(room / "token")
+    assert {"modeling_modmoe.py", "modular_ffn.py", "tokenizer.json", "modmoe.yaml"} <= {p.name for p in out.iterdir()}
+    assert load_recipe(out / "modmoe.yaml").finetune.max_steps == 12
+    assert not (out / "trainer").exists()
+    assert not out.with_name("out.partial").exists()
+    log = json.loads((out / "modmoe_training.json").read_text())["log"]
+    assert {"loss", "loss_text", "loss_distill", "loss_balance", "router_entropy"} <= log[0].keys()
+    load(out)
+
+
+def test_only_routers_learn(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    run(room, tmp_path / "out", "sequence", tasks, train="router", max_steps=3)
+    assert changed(room / "sequence", tmp_path / "out") == {
+        f"model.layers.{layer}.mlp.router.weight" for layer in range(2)
+    }
+
+
+@pytest.mark.parametrize("source", ["token", "task", "dense"])
+def test_lora_learns_the_ffns_and_the_routers(room: Path, tmp_path: Path, tasks: dict[str, str], source: str) -> None:
+    result = run(room, tmp_path / "out", source, tasks, train="lora", lora_rank=2, max_steps=3)
+    assert result["parameters"]["trainable"] < result["parameters"]["total"] / 2
+    names = {f"{part}_proj.weight" for part in ("gate", "up", "down")}
+    names |= {"router.weight"} if source == "token" else set()
+    assert changed(room / source, tmp_path / "out") == {
+        f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in names
+    }
+
+
+def test_the_sources_type_is_restored(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    dense = tiny.dense_model("llama", initializer_range=0.05)
+    source = tied.save_tied(tmp_path / "half", dense, room / "dense", torch.bfloat16, routing="token")
+    result = run(tmp_path, tmp_path / "out", "half", tasks, max_steps=3, eval_tasks={"words": tasks["words"]})
+    assert changed(source, tmp_path / "out")  # which also compares types
+    from modmoe.finetune.evaluate import evaluate_model
+    from modmoe.loading import load_tokenizer
+
+    # what is said of the model is said of the weights that were written
+    model = load(tmp_path / "out", dtype=torch.float32, device="cpu")
+    found = evaluate_model(
+        model, load_tokenizer(tmp_path / "out"), {"words": tasks["words"]}, sequence_length=32, batch_size=2
+    )
+    assert found["words"]["loss"] == pytest.approx(result["tasks"]["words"]["after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_row_is_read_by_its_tasks_expert(room: Path, tmp_path: Path, tasks: dict[str, str], packing: bool) -> None:
+    run(room, tmp_path / "out", "task", {"words": tasks["words"]}, max_steps=3, packing=packing)
+    before, after = tensors(room / "task"), tensors(tmp_path / "out")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp"
+        has_S = before[f"{prefix}.membership"][tied.NAMES.index("words")]
+        has_F = has_S.repeat_interleave(tiny.NEURONS // 8)
+        moved_F = (before[f"{prefix}.up_proj.weight"] != after[f"{prefix}.up_proj.weight"]).any(1)
+        assert torch.equal(moved_F, has_F)
+
+
+def test_dense_models_are_trained_as_they_are(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    run(room, tmp_path / "out", "dense", tasks, max_steps=3)
+    assert "model.layers.0.mlp.up_proj.weight" in changed(room / "dense", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("source", "values", "words"),
+    [
+        ("dense", {"train": "router"}, "is dense and has no router; train lora or full"),
+        ("task", {"train": "router"}, "is routed by task and has no router"),
+        ("token", {"train": "adapters"}, "has no adapters attached"),
+        ("token", {"distill_from": "other"}, "predicts 300 tokens, the model that learns 264"),
+        ("token", {"distill_from": "task"}, "is routed by task; name the dense model"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    room: Path, tmp_path: Path, tasks: dict[str, str], source: str, values: dict[str, Any], words: str
+) -> None:
+    if "distill_from" in values:
+        values = {"distill_from": str(room / values["distill_from"])}
+    with pytest.raises(RecipeError, match=words) as caught:
+        run(room, tmp_path / "out", source, tasks, max_steps=2, **values)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_that_is_no_expert_is_refused(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match=r"tasks\.poems: is no expert .* its experts are sums, words, code"):
+        run(room, tmp_path / "out", "task", {"poems": tasks["words"]}, max_steps=2)
+
+
+def test_text_that_does_not_fit_is_refused(room: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
+    with pytest.raises(CalibrationError, match=r"raise finetune\.sequence_length"):
+        run(room, tmp_path / "out", "token", {"long": str(file)}, max_steps=2)
+
+
+def test_a_loss_that_is_no_number_stops(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match=r"the loss is nan at step \d+; lower finetune\.learning_rate") as caught:
+        run(room, tmp_path / "out", "dense", tasks, max_steps=20, learning_rate=1e30, save_steps=1)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def stop_at(step: int | None, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., None]:
+    """Stop a run behind a step, or while its checkpoint is written."""
+
+    def progress(message: str, done: int | None = None, total: int | None = None) -> None:
+        if (message == "training" and done == step) or (message == "writing" and step is None):
+            raise error
+
+    return progress
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "router"])
+@pytest.mark.parametrize(("step", "again"), [(3, [3, 4, 5, 6]), (6, [5, 6]), (None, [])])
+def test_a_resumed_run_is_the_unbroken_one(
+    room: Path, tmp_path: Path, tasks: dict[str, str], train: str, step: int | None, again: list[int]
+) -> None:
+    values = {"train": train, "max_steps": 6, "save_steps": 2, "lora_rank": 2, "distill_from": str(room / "dense")}
+    whole = run(room, tmp_path / "whole", "token", tasks, **values)
+    with pytest.raises(KeyboardInterrupt):
+        run(room, tmp_path / "out", "token", tasks, progress=stop_at(step), **values)
+    assert not (tmp_path / "out").exists()
+    steps: list[int] = []
+
+    def note(message: str, done: int | None = None, total: int | None = None) -> None:
+        if message == "training" and done is not None:
+            steps.append(done)
+
+    resumed = run(room, tmp_path / "out", "token", tasks, resume=True, progress=note, **values)
+    assert steps == again
+    assert not changed(tmp_path / "whole", tmp_path / "out")
+    for key in ("steps", "tokens", "parameters", "loss"):
+        assert resumed[key] == whole[key]
+
+
+def test_experts_of_a_native_moe_are_restored(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**tiny.CONFIGS["mistral"][1], "num_local_experts": 4, "num_experts_per_tok": 2})
+    config._experts_implementation = "eager"
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tiny.tokenizer().save_pretrained(tmp_path / "moe")
+    values = {"max_steps": 4, "save_steps": 2}
+    run(tmp_path, tmp_path / "whole", "moe", tasks, **values)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / "out", "moe", tasks, progress=stop_at(3), **values)
+    run(tmp_path, tmp_path / "out", "moe", tasks, resume=True, **values)
+    assert not changed(tmp_path / "whole", tmp_path / "out")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in changed(tmp_path / "moe", tmp_path / "out")
+
+
+def test_a_state_cut_short_is_passed_over(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    values = {"max_steps": 5, "save_steps": 2}
+    run(room, tmp_path / "whole", "token", tasks, **values)
+    with pytest.raises(RuntimeError):
+        run(room, tmp_path / "out", "token", tasks, progress=stop_at(5, RuntimeError), **values)
+    states = tmp_path / "out.partial" / "trainer"
+    assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    (states / "checkpoint-4" / "trainer_state.json").unlink()
+    run(room, tmp_path / "out", "token", tasks, resume=True, **values)
+    assert not changed(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_changed_recipe_is_refused_by_the_key(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    values = {"max_steps": 4, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(room, tmp_path / "out", "token", tasks, progress=stop_at(3), **values)
+    with pytest.raises(RecipeError, match=r"^finetune\.learning_rate: is 0\.001, but 0\.003 in the run") as caught:
+        run(room, tmp_path / "out", "token", tasks, resume=True, learning_rate=1e-3, **values)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match=r"^seed: is 1, but 0"):
+        run(room, tmp_path / "out", "token", tasks, resume=True, seed=1, **values)
+    other = tmp_path / "words.jsonl"
+    shutil.copyfile(tasks["words"], other)
+    changed_tasks = {**tasks, "words": str(other)}
+    with pytest.raises(RecipeError, match=r"^tasks: "):
+        run(room, tmp_path / "out", "token", changed_tasks, resume=True, **values)
+    # the states are still there
+    assert run(room, tmp_path / "out", "token", tasks, resume=True, **{**values, "save_steps": 2})["steps"] == 4
+
+
+def test_changed_text_is_refused(room: Path, tmp_path: Path) -> None:
+    tasks = tiny.write_tasks(tmp_path / "tasks", rows=20)
+    values = {"max_steps": 4, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(room, tmp_path / "out", "token", tasks, progress=stop_at(3), **values)
+    text = Path(tasks["words"]).read_text()
+    Path(tasks["words"]).write_text(text.replace("stone", "stove"))
+    with pytest.raises(RecipeError, match="tasks: the text is not that of the run"):
+        run(room, tmp_path / "out", "token", tasks, resume=True, **values)
+
+
+def test_nothing_to_resume_begins_anew(
+    room: Path, tmp_path: Path, tasks: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="modmoe"):
+        assert run(room, tmp_path / "out", "token", tasks, resume=True, max_steps=2)["steps"] == 2
+    assert "there is no state to go on from" in caplog.text
+    assert "step 2 of 2: loss" in caplog.text
+
+
+def test_nothing_is_printed(
+    room: Path, tmp_path: Path, tasks: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(room, tmp_path / "out", "token", tasks, max_steps=2)
+    assert capfd.readouterr().out == ""
+
+
+def test_an_output_that_is_not_free_is_refused_at_once(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(RecipeError, match="is not empty"):
+        run(room, tmp_path / "out", "token", tasks, max_steps=2)
+    run(room, tmp_path / "out", "token", tasks, max_steps=2, overwrite=True)
+    assert not (tmp_path / "out" / "file").exists()
