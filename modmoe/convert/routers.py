@@ -3,24 +3,29 @@
 The best expert of a token is the one whose missing modules matter least: it has the least squared error
 ``|down (h * (1 - mask_e))|^2`` against the dense FFN's output.
 
-    logistic        multinomial logistic regression from the FFN's input to the best expert, each token weighted by what
-                    choosing the second best would cost
+    logistic        multinomial logistic regression from the FFN's input to the best expert, each token weighted by the
+                    root of what choosing the second best would cost
     least_squares   ridge regression to the best expert's indicator
     centroid        mean input of the tokens that an expert is best for, less the mean of all (LLaMA-MoE-v2,
                     https://arxiv.org/abs/2411.15708)
     average_key     mean key row of the expert's modules (EMoE, https://arxiv.org/abs/2310.10908)
     zero            nothing
 
+An mlp router is trained on the same aim as ``logistic``, whatever the start but ``zero``. With sequence routing the rows
+are what the model will read: at each chunk the mean of what came before it (the first token at the first), and, as for
+a marked prompt, the mean of all.
+
 No start has an intercept, since the formats that routers are exported to have none.
 """
 
-# Shapes: T tokens, N rows kept (tokens, or sequences), D model width, H hidden width of an mlp router, F neurons,
-# M modules, E experts, K top_k
+# Shapes: T tokens, B sequences, C chunks, N rows kept (tokens, or chunks and sequences), D model width, H hidden width of
+# an mlp router, F neurons, M modules, E experts, K top_k
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +40,7 @@ from modmoe.ffn import FFNWeights
 from modmoe.recipe import RouterRecipe
 
 KEPT_ROWS = 2048
-"""Tokens, or sequences, of each layer that a router is fitted to."""
+"""Rows of each layer that a router is fitted to."""
 _MOST_PROBABILITY = 0.8
 _MLP_STEPS = 300
 
@@ -56,6 +61,9 @@ class RouterStart:
     """Share of rows kept out of the fit for which the router chooses the best expert, 0 to 1."""
     chance: float = 1.0
     """What always choosing the expert that is best most often would reach."""
+    recovered: float = 1.0
+    """Of the squared error that one expert for all has over the best expert of each row, the share that the router saves
+    on rows kept out of the fit: 1 is a perfect router, below 0 is worse than one expert for all."""
 
 
 def start_routers(
@@ -90,17 +98,12 @@ def start_routers(
     if router.routing != "task":
         rows = _collect(model, family, batches, ffns, masks_EF, router, seed, progress)
         starts = [
-            _fit(x_ND, error_NE, weights, assignment, partition, router, seed)
-            for (x_ND, error_NE), weights, assignment, partition in zip(
-                rows, ffns, assignments, partitions, strict=True
-            )
+            _fit(*kept, weights, assignment, partition, router, seed)
+            for kept, weights, assignment, partition in zip(rows, ffns, assignments, partitions, strict=True)
         ]
     if router.compensation:
         means = _skipped_means(model, family, batches, ffns, partitions, assignments, starts, router, progress)
-        starts = [
-            RouterStart(s.weight_ED, s.hidden_HD, s.output_EH, means_MD, s.agreement, s.chance)
-            for s, means_MD in zip(starts, means, strict=True)
-        ]
+        starts = [replace(start, means_MD=means_MD) for start, means_MD in zip(starts, means, strict=True)]
     return starts
 
 
@@ -121,67 +124,106 @@ def _collect(
     router: RouterRecipe,
     seed: int,
     progress: Callable[[int], None] | None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return x_ND and the experts' errors_NE of each layer, for tokens drawn at random or for whole sequences."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return x_ND, the experts' errors_NE and sequence_N, the sequence each row is of, for each layer."""
     by_sequence = router.routing == "sequence"
-    position_N = draw_positions(sum(count_tokens(batches).values()), KEPT_ROWS, seed)
-    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ffns]
+    total = sum(count_tokens(batches).values())
+    if by_sequence:
+        lengths = torch.cat([batch.attention_mask_BT.sum(1) for task in batches.values() for batch in task])
+        total = int((_count_chunks(lengths, router.routing_chunk) + 1).sum())
+    position_N = draw_positions(total, KEPT_ROWS, seed)
+    kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in ffns]
     inputs: dict[int, Tensor] = {}
-    offset, mask_BT = 0, torch.empty(0)
+    offset, first, rows, mask_BT = 0, 0, 0, torch.empty(0)
 
     def watch_input(layer: int, x: Tensor) -> None:
         inputs[layer] = real_rows(x.detach(), mask_BT)
 
     def watch_hidden(layer: int, hidden: Tensor) -> None:
+        nonlocal rows
         x_TD, hidden_TF = inputs.pop(layer), real_rows(hidden.detach(), mask_BT)
-        lengths = mask_BT.sum(1).tolist()
-        if not by_sequence:
-            inside = (position_N >= offset) & (position_N < offset + len(x_TD))
-            chosen = (position_N[inside] - offset).to(x_TD.device)
-            x_TD, hidden_TF = x_TD[chosen], hidden_TF[chosen]
-        down_DF = ffns[layer].down_DF.to(hidden_TF.device, torch.float32)
-        errors_TE = torch.stack(
-            [
-                ((hidden_TF.float() * ~mask_F.to(hidden_TF.device)) @ down_DF.T).square().sum(1)
-                for mask_F in masks_EF[layer]
-            ],
-            1,
-        )
-        x_TD = x_TD.float()
+        length_B = mask_BT.sum(1)
+        sequence_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+        rows = len(x_TD)
         if by_sequence:
-            x_TD = torch.stack([part.mean(0) for part in torch.split(x_TD, lengths) if len(part)])
-            errors_TE = torch.stack([part.sum(0) for part in torch.split(errors_TE, lengths) if len(part)])
-        kept[layer].append((x_TD.cpu(), errors_TE.cpu()))
+            x_TD = x_TD.float()
+            chunk_CD, chunk_T = _read_chunks(x_TD, length_B, router.routing_chunk)
+            errors_TE = _errors(hidden_TF, ffns[layer], masks_EF[layer])
+            of_T, chunk_T = sequence_N.to(x_TD.device), chunk_T.to(x_TD.device)
+            mean_BD = _sum_by(x_TD, of_T, len(length_B)) / length_B.clamp_min(1).unsqueeze(1).to(x_TD.device)
+            x_TD = torch.cat([chunk_CD, mean_BD])
+            errors_TE = torch.cat([_sum_by(errors_TE, chunk_T, len(chunk_CD)), _sum_by(errors_TE, of_T, len(length_B))])
+            chunks_B = _count_chunks(length_B, router.routing_chunk)
+            order_B = torch.arange(len(length_B))
+            sequence_N = torch.cat([order_B.repeat_interleave(chunks_B), order_B])
+            rows = len(x_TD)
+        inside = (position_N >= offset) & (position_N < offset + rows)
+        chosen_N = position_N[inside] - offset
+        there_N = chosen_N.to(x_TD.device)
+        # token by token, only the tokens that are kept are worth the products
+        errors_NE = errors_TE[there_N] if by_sequence else _errors(hidden_TF[there_N], ffns[layer], masks_EF[layer])
+        kept[layer].append((x_TD[there_N].float().cpu(), errors_NE.cpu(), first + sequence_N[chosen_N]))
 
     with frozen(model), torch.no_grad(), watched(model, family, on_input=watch_input, on_hidden=watch_hidden):
         for task in batches.values():
             for batch in task:
                 mask_BT = batch.attention_mask_BT
                 run_body(model, batch)
-                offset += batch.num_tokens
+                offset += rows
+                first += len(mask_BT)
                 if progress is not None:
                     progress(batch.num_tokens)
-    return [(torch.cat([x for x, _ in rows]), torch.cat([e for _, e in rows])) for rows in kept]
+    return [(torch.cat(x), torch.cat(e), torch.cat(s)) for x, e, s in (zip(*parts, strict=True) for parts in kept)]
+
+
+def _errors(hidden_TF: Tensor, weights: FFNWeights, mask_EF: Tensor) -> Tensor:
+    """Return errors_TE, each expert's squared distance to the dense FFN's output."""
+    down_DF = weights.down_DF.to(hidden_TF.device, torch.float32)
+    skip_EF = (~mask_EF).to(hidden_TF.device)
+    return torch.stack([((hidden_TF.float() * skip_F) @ down_DF.T).square().sum(1) for skip_F in skip_EF], 1)
+
+
+def _count_chunks(length_B: Tensor, chunk: int) -> Tensor:
+    return (length_B + chunk - 1) // chunk
+
+
+def _read_chunks(x_TD: Tensor, length_B: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return what a sequence router reads at each chunk, chunk_CD, and chunk_T, the chunk each token is in."""
+    read, chunk_of = [], []
+    for part_TD in torch.split(x_TD, length_B.tolist()):
+        before_TD = part_TD.cumsum(0)
+        ends = torch.tensor(range(chunk, len(part_TD), chunk), dtype=torch.int64)
+        read.append(torch.cat([part_TD[:1], before_TD[ends - 1] / ends.unsqueeze(1).to(x_TD.device)]))
+        chunk_of.append(torch.arange(len(part_TD)) // chunk + sum(map(len, read[:-1])))
+    return torch.cat(read), torch.cat(chunk_of)
+
+
+def _sum_by(rows_TX: Tensor, group_T: Tensor, groups: int) -> Tensor:
+    return rows_TX.new_zeros(groups, rows_TX.shape[1]).index_add_(0, group_T, rows_TX)
 
 
 def _fit(
     x_ND: Tensor,
     error_NE: Tensor,
+    sequence_N: Tensor,
     weights: FFNWeights,
     assignment: Assignment,
     partition: Partition,
     router: RouterRecipe,
     seed: int,
 ) -> RouterStart:
-    """Fit on four fifths of the rows, choose the scale, and count on the last fifth how often the best is chosen."""
+    """Fit on four fifths of the sequences, choose the scale, and judge the router on the last fifth."""
     experts = error_NE.shape[1]
     best_N = error_NE.argmin(1)
-    shuffled_N = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(seed))
-    cut = max(1, len(x_ND) * 4 // 5)
-    fit_N, held_N = shuffled_N[:cut], shuffled_N[cut:]
-    held_N = held_N if len(held_N) else fit_N
+    # rows of one sequence are alike, so a sequence is kept out as a whole
+    names = torch.unique(sequence_N)
+    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
+    is_held_N = torch.isin(sequence_N, names[: len(names) // 5])
+    fit_N = torch.nonzero(~is_held_N).flatten()
+    held_N = torch.nonzero(is_held_N).flatten() if bool(is_held_N.any()) else fit_N
     two_NK = error_NE.topk(min(2, experts), dim=1, largest=False).values
-    stake_N = two_NK[:, -1] - two_NK[:, 0]
+    # the root: a few tokens have nearly all of the error and would decide alone
+    stake_N = (two_NK[:, -1] - two_NK[:, 0]).sqrt()
     stake_N = stake_N / stake_N[fit_N].mean().clamp_min(1e-30)
     args = (x_ND[fit_N], best_N[fit_N], stake_N[fit_N], experts)
     if router.kind == "mlp":
@@ -210,11 +252,21 @@ def _fit(
         hidden_HD=start.hidden_HD,
         output_EH=None if start.output_EH is None else start.output_EH * scale,
         agreement=float((chosen_N == best_N[held_N]).float().mean()),
-        chance=float(best_N[held_N].bincount(minlength=experts).max() / len(held_N)),
+        chance=float((best_N[held_N] == best_N[fit_N].mode().values).float().mean()),
+        recovered=_recovered(error_NE[fit_N], error_NE[held_N], chosen_N),
     )
 
 
+def _recovered(fit_NE: Tensor, held_NE: Tensor, chosen_N: Tensor) -> float:
+    """Return the share of the avoidable error that the choice avoids, against the expert best for all fitted rows."""
+    one = held_NE[:, fit_NE.mean(0).argmin()].double().sum()
+    best = held_NE.min(1).values.double().sum()
+    found = held_NE.gather(1, chosen_N.unsqueeze(1)).double().sum()
+    return float((one - found) / (one - best)) if one > best else 1.0
+
+
 def _fit_logistic(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -> Tensor:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     present = torch.unique(best_N)
@@ -224,8 +276,11 @@ def _fit_logistic(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -
         weight_ED[present[0]] = x_ND.mean(0)
         return weight_ED
     spread = float(x_ND.square().mean().sqrt().clamp_min(1e-12))
-    fitted = LogisticRegression(C=1.0, fit_intercept=False, max_iter=200)
-    fitted.fit((x_ND / spread).numpy(), best_N.numpy(), sample_weight=stake_N.numpy())
+    fitted = LogisticRegression(C=0.1, fit_intercept=False, max_iter=200)
+    with warnings.catch_warnings():
+        # a start need not be the optimum to the last digit
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted.fit((x_ND / spread).numpy(), best_N.numpy(), sample_weight=stake_N.numpy())
     found = torch.as_tensor(fitted.coef_, dtype=torch.float32) / spread
     # for two classes sklearn returns the one row of their difference
     weight_ED[present] = torch.cat([-found, found]) / 2 if len(found) == 1 else found
@@ -316,8 +371,8 @@ def _skipped_means(
             active_TM = member_EM[task].expand(len(x_TD), -1)
         else:
             if router.routing == "sequence":
-                lengths = mask_BT.sum(1).tolist()
-                x_TD = torch.cat([part.mean(0).expand_as(part) for part in torch.split(x_TD, lengths) if len(part)])
+                chunk_CD, chunk_T = _read_chunks(x_TD, mask_BT.sum(1), router.routing_chunk)
+                x_TD = chunk_CD[chunk_T]
             chosen_TK = route(starts[layer], x_TD).topk(router.top_k, dim=1).indices
             active_TM = member_EM[chosen_TK].any(1)
         skipped_TM = (~active_TM).double()

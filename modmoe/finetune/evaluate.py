@@ -152,8 +152,8 @@ def _expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | N
         return None
     if task not in names:
         raise RecipeError(
-            f"tasks.{task}: is no expert of this model, which is routed by task; pass --expert with one of "
-            f"{', '.join(names)}."
+            f"tasks.{task}: is no expert of this model, which is routed by task; name the task as one of "
+            f"{', '.join(names)}, or pass --expert with one of them."
         )
     return task
 

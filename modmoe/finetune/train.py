@@ -137,7 +137,7 @@ def _run(
         "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "total": model.num_parameters(),
     }
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    trainer.train_from(state)
     trained = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
     progress("writing")
     _write(trained, source, partial, recipe)

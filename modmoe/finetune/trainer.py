@@ -8,13 +8,14 @@ import contextlib
 import copy
 import logging
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.errors import RecipeError
@@ -56,6 +57,17 @@ class ModularTrainer(SFTTrainer):
         # both print to stdout, which belongs to the command's result
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+
+    def train_from(self, state: Path | None) -> None:
+        """Train to the last step, from the beginning or from a state."""
+        if state is not None:
+            saved = TrainerState.load_from_json(str(state / "trainer_state.json"))
+            if saved.global_step >= self.args.max_steps:
+                # the trainer would go one step too far
+                self._load_from_checkpoint(str(state))
+                self.state = saved
+                return
+        self.train(resume_from_checkpoint=None if state is None else str(state))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -268,3 +268,33 @@ def test_decode_compiles_without_a_graph_break(tmp_path, routing):
     found = compiled(input_ids=ids[:, :1], past_key_values=out.past_key_values).logits
     torch._dynamo.reset()
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_device_map_changes_nothing(tmp_path, place):
+    """Whole on one device, or with a layer offloaded to disk, where matrices may not be sliced."""
+    _, wanted = load_pair(tmp_path, means=True)
+    layers = {f"model.layers.{number}": place if number else "cpu" for number in range(2)}
+    others = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    model = type(wanted).from_pretrained(
+        tmp_path / "tied", device_map={**layers, **others}, dtype=torch.float64, offload_folder=tmp_path / "offload"
+    )
+    torch.testing.assert_close(model(token_ids()).logits, wanted(token_ids()).logits, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_lora_goes_through_the_linear_layers(tmp_path):
+    """PEFT's LoRA on the shared matrices is neither passed by in training nor in evaluation, and merges exactly."""
+    from peft import LoraConfig, get_peft_model
+
+    _, model = load_pair(tmp_path)
+    before = model(token_ids()).logits
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.3)
+    changed = wrapped(token_ids()).logits
+    assert (changed - before).abs().max() > 1e-2
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(token_ids()).logits, changed, rtol=1e-9, atol=1e-9)

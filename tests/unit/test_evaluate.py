@@ -70,7 +70,7 @@ def test_a_task_is_read_by_its_expert(tasks: dict[str, str]) -> None:
     other = evaluate_model(model, tiny.tokenizer(), {"words": tasks["words"]}, expert="code")["words"]
     assert same["loss"] == found["words"]["loss"] != other["loss"]
     poems = {"poems": tasks["words"]}
-    with pytest.raises(RecipeError, match=r"tasks\.poems: is no expert .* --expert with one of sums, words, code"):
+    with pytest.raises(RecipeError, match=r"tasks\.poems: is no expert .* one of sums, words, code, or pass --expert"):
         evaluate_model(model, tiny.tokenizer(), poems)
     with pytest.raises(RecipeError, match=r"no expert 'wrods'\. Did you mean 'words'"):
         evaluate_model(model, tiny.tokenizer(), poems, expert="wrods")
