@@ -11,15 +11,15 @@ The best expert of a token is the one whose missing modules matter least: it has
     average_key     mean key row of the expert's modules (EMoE, https://arxiv.org/abs/2310.10908)
     zero            nothing
 
-An mlp router is trained on the same aim as ``logistic``, whatever the start but ``zero``. With sequence routing the rows
-are what the model will read: at each chunk the mean of what came before it (the first token at the first), and, as for
-a marked prompt, the mean of all.
+An mlp router is trained on the aim of ``logistic``, whatever the start but ``zero``. With sequence routing the rows are
+what the model will read: at each chunk the mean of what came before it (the first token at the first), and, as for a
+marked prompt, the mean of all.
 
 No start has an intercept, since the formats that routers are exported to have none.
 """
 
-# Shapes: T tokens, B sequences, C chunks, N rows kept (tokens, or chunks and sequences), D model width, H hidden width of
-# an mlp router, F neurons, M modules, E experts, K top_k
+# Shapes: T tokens, B sequences, C chunks, N rows kept (tokens, or chunks and sequences), D model width,
+# H hidden width of an mlp router, F neurons, M modules, E experts, K top_k
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class RouterStart:
     chance: float = 1.0
     """What always choosing the expert that is best most often would reach."""
     recovered: float = 1.0
-    """Of the squared error that one expert for all has over the best expert of each row, the share that the router saves
-    on rows kept out of the fit: 1 is a perfect router, below 0 is worse than one expert for all."""
+    """Of the squared error that one expert for all has over the best expert of each row, the share that the router
+    saves on rows kept out of the fit: 1 is a perfect router, below 0 is worse than one expert for all."""
 
 
 def start_routers(

@@ -12,7 +12,7 @@ import torch
 
 from modmoe.checkpoint import Checkpoint, read_config
 from modmoe.errors import CalibrationError, RecipeError
-from modmoe.finetune.train import finetune
+from modmoe.finetune.train import default_learning_rate, finetune
 from modmoe.loading import load
 from modmoe.recipe import load_recipe, make_recipe
 from tests import tied, tiny
@@ -108,7 +108,8 @@ def test_only_routers_learn(room: Path, tmp_path: Path, tasks: dict[str, str]) -
 @pytest.mark.parametrize("source", ["token", "task", "dense"])
 def test_lora_learns_the_ffns_and_the_routers(room: Path, tmp_path: Path, tasks: dict[str, str], source: str) -> None:
     result = run(room, tmp_path / "out", source, tasks, train="lora", lora_rank=2, max_steps=3)
-    assert result["parameters"]["trainable"] < result["parameters"]["total"] / 2
+    total = sum(weight.numel() for weight in load(room / source, device="cpu").parameters())
+    assert 0 < result["parameters"]["trainable"] < result["parameters"]["total"] / 2 == total / 2
     names = {f"{part}_proj.weight" for part in ("gate", "up", "down")}
     names |= {"router.weight"} if source == "token" else set()
     assert changed(room / source, tmp_path / "out") == {
@@ -304,3 +305,9 @@ def test_an_output_that_is_not_free_is_refused_at_once(room: Path, tmp_path: Pat
         run(room, tmp_path / "out", "token", tasks, max_steps=2)
     run(room, tmp_path / "out", "token", tasks, max_steps=2, overwrite=True)
     assert not (tmp_path / "out" / "file").exists()
+
+
+def test_wide_models_take_small_steps() -> None:
+    assert default_learning_rate("full", 64) == pytest.approx(1e-3)
+    assert default_learning_rate("full", 4096) == pytest.approx(5e-5)
+    assert default_learning_rate("lora", 500) == pytest.approx(3 * default_learning_rate("full", 500)) == 6e-4
