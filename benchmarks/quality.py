@@ -79,14 +79,14 @@ def one_seed(args: argparse.Namespace, tasks: dict[str, str], held_out: dict[str
         convert(modular, str(work / "modular"))
         convert(static, str(work / "static-tied"))
         trust = args.trust_remote_code
-        export(
-            str(work / "static-tied"), str(work / "static"), form="dense", expert="all", verify=False, trust_remote_code=trust
-        )
+        tied, static_dense = str(work / "static-tied"), str(work / "static")
+        export(tied, static_dense, form="dense", expert="all", verify=False, trust_remote_code=trust)
         losses = {"dense": measure(args.source, held_out, args)}
         for kind in ("modular", "static"):
             losses[kind] = measure(str(work / kind), held_out, args)
-            finetune(str(work / kind), str(work / f"{kind}-tuned"), trained, eval_tasks={}, resume=False, overwrite=False)
-            losses[f"{kind}, fine-tuned"] = measure(str(work / f"{kind}-tuned"), held_out, args)
+            tuned = str(work / f"{kind}-tuned")
+            finetune(str(work / kind), tuned, trained, eval_tasks={}, resume=False, overwrite=False)
+            losses[f"{kind}, fine-tuned"] = measure(tuned, held_out, args)
         shutil.rmtree(work / "modular")
     return losses
 

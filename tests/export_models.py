@@ -1,6 +1,4 @@
-"""Tied checkpoints of every family to export: the real plan with random modules, experts and routers."""
-
-# Shapes: D model width, F neurons, M modules, H hidden width of a router, E experts
+"""Tied checkpoints to export, also over an architecture that transformers does not know."""
 
 from __future__ import annotations
 
@@ -9,21 +7,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from modmoe.analyze.partition import Partition
-from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from modmoe.convert.assignment import Assignment
+from modmoe.checkpoint import Checkpoint
 from modmoe.convert.code import write_code
-from modmoe.convert.modular import modular_plan
-from modmoe.convert.routers import RouterStart
-from modmoe.families import FAMILIES
-from modmoe.loading import dense_classes
-from modmoe.recipe import make_recipe
-from tests.tiny import NEURONS, dense_config, save_dense
-
-MODULES, WIDTH, HIDDEN = 8, 32, 16
-EXPERTS = ("sums", "words", "code")
+from tests import planned
+from tests.planned import EXPERTS
 
 OWN_CODE = {
     "configuration_own.py": """
@@ -71,34 +58,8 @@ def write_tied(
 
     ``changes`` go to the dense configuration, ``router`` to the recipe: ``routing``, ``top_k``, ``compensation``...
     """
-    dense = save_dense(directory / "dense", model_type, **(changes or {}))
-    source, family = Checkpoint(dense), FAMILIES[model_type]
-    settings = {**dense_config(model_type, **(changes or {})).to_dict(), **source.config}
-    source.add_prefix(family.layers)
-    recipe = make_recipe(
-        {"partition.num_modules": MODULES, **{f"router.{key}": value for key, value in router.items()}}
-    )
-    draw = torch.Generator().manual_seed(0)
-    partitions, assignments, starts = [], [], []
-    for _ in range(2):
-        module_F = (torch.arange(NEURONS) % MODULES)[torch.randperm(NEURONS, generator=draw)]
-        membership_EM = torch.zeros(len(EXPERTS), MODULES, dtype=torch.bool)
-        for expert in range(len(EXPERTS)):
-            membership_EM[expert, torch.randperm(MODULES - 1, generator=draw)[: MODULES // 2]] = True
-        partitions.append(Partition(module_F, MODULES))
-        assignments.append(Assignment(membership_EM, EXPERTS))
-        starts.append(_start(recipe.router, draw))
-    classes = dense_classes(dense, trust_remote_code=False)
-    plan = modular_plan(source, family, recipe, partitions, assignments, starts, classes, settings)
-    plan.check(source)
-    tied = directory / "tied"
-    tied.mkdir()
-    writer = CheckpointWriter(tied)
-    plan.run(source, writer)
-    writer.finish(plan.config)
-    copy_companions(dense, tied)
-    write_code(tied, plan.config, dense)
-    return tied
+    means = router.pop("compensation", False)
+    return planned.write_tied(directory, model_type, means=means, leave_out=True, changes=changes, **router)[1]
 
 
 def write_own(directory: Path) -> Path:
@@ -128,17 +89,4 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _start(router: Any, draw: torch.Generator) -> RouterStart:
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    has_router = router.routing != "task"
-    is_linear = router.kind == "linear"
-    return RouterStart(
-        weight_ED=normal(len(EXPERTS), WIDTH) if has_router and is_linear else None,
-        hidden_HD=normal(HIDDEN, WIDTH) if has_router and not is_linear else None,
-        output_EH=normal(len(EXPERTS), HIDDEN) if has_router and not is_linear else None,
-        means_MD=normal(MODULES, WIDTH) if router.compensation else None,
-        agreement=1.0,
-        chance=0.5,
-    )
+__all__ = ["EXPERTS", "OWN_CODE", "write_config", "write_own", "write_tied"]

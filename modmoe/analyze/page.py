@@ -16,6 +16,7 @@ body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+.sample h3 { font-size: .88rem; color: var(--soft); margin: .5rem 0 .2rem; font-weight: 600; }
 p { margin: .4rem 0; max-width: 46rem; }
 .lead { font-size: 1.05rem; color: var(--soft); }
 .note { color: var(--soft); font-size: .88rem; }
@@ -117,6 +118,6 @@ def preformatted(text: str, title: str = "") -> str:
 
 
 def columns_of_text(texts: Sequence[tuple[str, str]]) -> str:
-    """Return titled texts side by side."""
+    """Return titled texts side by side where there is room."""
     parts = "".join(f"<div>{preformatted(text, title)}</div>" for title, text in texts)
     return f'<div class="sample">{parts}</div>'

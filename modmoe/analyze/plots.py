@@ -108,12 +108,15 @@ def _paint_experts(axes: Axes, view: LayerView) -> None:
 
 
 def _paint_importance(axes: Axes, view: LayerView) -> None:
-    largest_P1 = np.maximum(view.importance_PM.max(1, keepdims=True), 1e-30)
-    cells = _paint(np.zeros(view.importance_PM.shape, dtype=int), view.importance_PM / largest_P1, PALETTE)
+    # scores of modules differ by a factor of two or so; from zero the cells would look alike
+    least_P1 = view.importance_PM.min(1, keepdims=True)
+    range_P1 = np.maximum(view.importance_PM.max(1, keepdims=True) - least_P1, 1e-30)
+    strength_PM = _ABSENT + (1 - _ABSENT) * (view.importance_PM - least_P1) / range_P1
+    cells = _paint(np.zeros(view.importance_PM.shape, dtype=int), strength_PM, PALETTE)
     axes.imshow(cells, aspect="auto", interpolation="none")
     _name_rows(axes, view.tasks)
     _rule(axes, *view.importance_PM.shape)
-    axes.set_title("importance, each row relative to its largest")
+    axes.set_title("importance, each row from its least to its largest")
 
 
 def _paint_neurons(axes: Axes, view: LayerView) -> None:
@@ -150,6 +153,8 @@ def draw_square(name: str, label: str, value_EE: Floats, names: Sequence[str]) -
 
 def draw_layers(name: str, label: str, lines: Mapping[str, Sequence[float]], unit: str) -> str:
     """Return one line for each name over the layers; the one named ``chance`` is dashed and grey."""
+    from matplotlib.ticker import MaxNLocator
+
     colours = {title: PALETTE[number % len(PALETTE)] for number, title in enumerate(lines)}
     if "chance" in colours:
         colours["chance"] = HOLDERS[0]
@@ -164,7 +169,7 @@ def draw_layers(name: str, label: str, lines: Mapping[str, Sequence[float]], uni
         axes.set_ylim(0, 1.08 * top or 1)
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", alpha=0.18)
         _legend(axes, colours)
 
@@ -183,8 +188,8 @@ def draw_losses(name: str, label: str, losses: Mapping[str, Mapping[str, float]]
             values = [by_task[task] for by_task in losses.values() if task in by_task]
             axes.plot([min(values), max(values)], [row, row], color=_INK, alpha=0.25, linewidth=1)
         for title, by_task in losses.items():
-            points = [(by_task[task], row) for row, task in enumerate(tasks) if task in by_task]
-            axes.scatter(*zip(*points, strict=True), color=colours[title], s=34, zorder=3)
+            rows = [row for row, task in enumerate(tasks) if task in by_task]
+            axes.scatter([by_task[tasks[row]] for row in rows], rows, color=colours[title], s=34, zorder=3)
         axes.set_yticks(range(len(tasks)), [_shorten(task) for task in tasks])
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.set_xlabel("loss, nats a token (lower is better)")
@@ -289,10 +294,8 @@ def _render(name: str, label: str, height_inches: float, paint: Callable[[Figure
     import matplotlib
     from matplotlib.figure import Figure
 
-    # a user's own matplotlibrc must not reach the report
-    settings: dict[str, Any] = {
-        key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")
-    }
+    # a user's own matplotlibrc must not reach the report; Any, since the keys' types differ between releases
+    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     settings.update(
         dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     )

@@ -268,7 +268,7 @@ def _view(analysis: Analysis, layer: int, tasks: Sequence[str], assignment: Modu
         strength_F = mean_PF[0] / mean_PF[0].max().clamp_min(1e-30)
     # within a module the neurons of one task lie together
     rank_F = favourite_F.double() * 2 + (1 - strength_F)
-    member_Mm = partition.permutation_F.unflatten(0, (partition.num_modules, -1))[order]
+    member_Mm = partition.permutation_F.view(partition.num_modules, -1)[order]
     index_mM = member_Mm.gather(1, rank_F[member_Mm].argsort(1)).T
     index_mM = index_mM[:: -(-len(index_mM) // _MOST_NEURONS)]
     return plots.LayerView(
@@ -299,7 +299,11 @@ def _samples(samples: Mapping[str, Mapping[str, str]]) -> list[str]:
         page.paragraph("How each model continues a prompt, taking its most likely token each time.", "note"),
     ]
     for task, texts in samples.items():
-        parts += [page.heading(task, 3), page.columns_of_text(list(texts.items()))]
+        written = [(model, text) for model, text in texts.items() if model != "prompt"]
+        parts.append(page.heading(task, 3))
+        if "prompt" in texts:
+            parts.append(page.columns_of_text([("prompt", texts["prompt"])]))
+        parts.append(page.columns_of_text(written))
     return parts
 
 

@@ -23,9 +23,9 @@ Progress = Callable[..., None]
 MODEL = Path(__file__).parent / "model"
 """The dense checkpoint that ships with the package."""
 PROMPTS = {
-    "code": "def read_lines(path):\n",
-    "docs": "Return a new list containing all items",
-    "arithmetic": "Question: What is 47 + 35?\nAnswer:",
+    "code": "    def __repr__(self):\n        return",
+    "docs": "Return True if",
+    "arithmetic": "Question: Which is larger, 41 or 18?\nAnswer:",
 }
 """What each model continues."""
 DENSE_EXPERT = "arithmetic"
@@ -41,7 +41,7 @@ class Effort:
     """Rows of each task to calibrate and train with."""
     held_out_rows: int = 200
     """Rows of each task to measure with."""
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 8192
     """Of each task."""
     eval_tokens: int = 8192
     """Of each task and model."""
@@ -227,7 +227,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
 
 
 def _export(job: _Run) -> None:
-    wanted: dict[str, dict[str, str]] = {
+    wanted: dict[str, dict[str, Any]] = {
         "tied": {"form": "tied"},
         "dense": {"form": "dense", "expert": DENSE_EXPERT},
         "native": {"form": "native", "target": "mixtral"},

@@ -1,9 +1,11 @@
 """Train the model that ships with modmoe: `python -m modmoe.demo.train --out modmoe/demo/model`.
 
 A Llama of 2.4 million weights reads standard-library code, documentation and worked sums for about an
-hour on two CPU cores; the shipped one was stopped by `--minutes 51` on a busy machine, at 1301 steps. Hidden matrices are trained by Muon (https://kellerjordan.github.io/posts/muon,
-scaled to AdamW's update size as in https://arxiv.org/abs/2502.16982), the rest by AdamW; the learning
-rate warms up, stays, and decays linearly to zero.
+hour on two CPU cores. The shipped one was ended by `--minutes 51` on a busy machine, at step 1301.
+
+Hidden matrices are trained by Muon (https://kellerjordan.github.io/posts/muon, scaled to AdamW's update
+size as in https://arxiv.org/abs/2502.16982), the rest by AdamW; the learning rate warms up, stays, and
+decays linearly to zero.
 """
 
 # Shapes: B sequences, S tokens of one sequence, N tokens of a stream

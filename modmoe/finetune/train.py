@@ -93,7 +93,7 @@ def _run(
     wanted, trust = recipe.finetune, recipe.trust_remote_code
     progress("loading")
     device = pick_device(recipe.device)
-    model = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
+    model: Any = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     lora = _choose_what_learns(model, source, recipe)
     teacher = None

@@ -82,7 +82,7 @@ def test_people_read_tables(
     monkeypatch.setattr(demo, "run", lambda *_, **__: result)
     assert run_cli(["demo"]) == 0
     out, err = capsys.readouterr()
-    for words in (*MODELS, "loss arithmetic", "decode tokens/s", "export-native", "report.html", "def read_lines"):
+    for words in (*MODELS, "loss arithmetic", "decode tokens/s", "export-native", "report.html", "def __repr__"):
         assert words in out
     assert "next: open " in err and "modmoe inspect" in err
     assert run_cli(["demo", "--json"]) == 0

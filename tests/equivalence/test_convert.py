@@ -69,9 +69,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, tasks):
 
 def test_one_corpus_is_clustered_into_experts(tmp_path, tasks):
     source = save_dense(tmp_path / "dense")
-    found = convert(
-        recipe(source, {"words": tasks["words"]}, **{"assignment.num_experts": 2}), str(tmp_path / "out")
-    )
+    found = convert(recipe(source, {"words": tasks["words"]}, **{"assignment.num_experts": 2}), str(tmp_path / "out"))
     assert [expert["name"] for expert in found["experts"]] == ["cluster0", "cluster1"]
 
 

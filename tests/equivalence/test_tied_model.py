@@ -9,8 +9,8 @@ import torch
 
 from modmoe.families import FAMILIES
 from modmoe.modeling.modular_ffn import ModularFFN
-from tests.reference import tied_ffn
 from tests.planned import EXPERTS, NUM_MODULES, load_pair
+from tests.reference import tied_ffn
 from tests.tiny import token_ids
 
 ROUTINGS = ("token", "sequence", "task")
@@ -26,7 +26,9 @@ def family_pair(request, tmp_path_factory):
     return load_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(scope="module", params=[(r, *c) for r in ROUTINGS for c in COMBINED], ids=lambda p: "-".join(map(str, p)))
+@pytest.fixture(
+    scope="module", params=[(r, *c) for r in ROUTINGS for c in COMBINED], ids=lambda p: "-".join(map(str, p))
+)
 def routed(request, tmp_path_factory):
     """A tied Llama for each way of routing and combining, with compensation and an mlp router in places."""
     routing, combine, top_k = request.param

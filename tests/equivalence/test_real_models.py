@@ -1,0 +1,87 @@
+"""Trained models and real text, where they are at hand: what holds of random weights must hold of these."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from modmoe.convert.run import convert
+from modmoe.export.run import export
+from modmoe.finetune.evaluate import evaluate
+from modmoe.loading import load
+from modmoe.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def tasks(shared, tmp_path_factory):
+    """Stories, fairy tales and word problems."""
+    directory = tmp_path_factory.mktemp("tasks")
+    stories = json.loads((shared / "data/tinystories_snippets/tinystories_1000.json").read_text())
+    tales = [json.loads(line) for line in (shared / "data/fairytales/train.jsonl").open()][:20]
+    problems = [json.loads(line) for line in (shared / "data/gsm8k/train.jsonl").open()][:200]
+    rows = {
+        "stories": [{"text": text} for text in stories[:200]],
+        "tales": [{"text": part} for tale in tales for part in tale["text"].split("\n") if len(part) > 80],
+        "math": [{"prompt": p["question"] + "\n", "completion": p["answer"]} for p in problems],
+        "held": [{"text": text} for text in stories[600:650]],
+    }
+    paths = {}
+    for name, items in rows.items():
+        path = directory / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        paths[name] = str(path)
+    return paths
+
+
+def test_the_perplexity_of_a_trained_model_is_the_published_one(shared, tasks):
+    """3.77 a token over stories 600 to 999; fifty of them are near."""
+    found = evaluate(
+        str(shared / "models/stories260K"), {"held": tasks["held"]}, tokens=10**6, sequence_length=512, batch_size=8
+    )["tasks"]["held"]
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert 3.4 < found["perplexity"] < 4.2
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "num_modules"),
+    [("stories260K", None, 43), ("spllama2M-relu", {"model_type": "spllama"}, 24)],
+    ids=["llama", "own code"],
+)
+def test_a_trained_model_converts_and_leaves(shared, tasks, tmp_path, name, family, num_modules):
+    source = shared / "models" / name
+    trust = family is not None
+    recipe = make_recipe(
+        {
+            "source": str(source),
+            "tasks": {task: tasks[task] for task in ("stories", "tales", "math")},
+            "family": family,
+            "trust_remote_code": trust,
+            "partition.num_modules": num_modules,
+            "assignment.coverage": True,
+            "calibration.tokens": 3000,
+        }
+    )
+    found = convert(recipe, str(tmp_path / "moe"))
+    assert found["verified"]["modules_left_out"] == 0
+    assert found["verified"]["max_abs_logit_diff_all_on"] <= 1e-10
+    # routers fitted on real activations know more than the expert that is best most often
+    assert sum(router["agreement"] - router["chance"] for router in found["routers"]) > 0
+    made = export(
+        str(tmp_path / "moe"),
+        str(tmp_path / "dense"),
+        form="dense",
+        expert="math",
+        trust_remote_code=trust,
+        verify=False,
+    )
+    assert made["bytes_after"] < made["bytes_before"]
+    tied = load(tmp_path / "moe", trust_remote_code=trust, dtype=torch.float64)
+    dense = load(tmp_path / "dense", trust_remote_code=trust, dtype=torch.float64)
+    tied.set_expert("math")
+    ids_BT = torch.arange(60).reshape(3, 20) * 7 % 500
+    with torch.no_grad():
+        difference = (tied(ids_BT).logits - dense(ids_BT).logits).abs().max()
+    assert difference <= 1e-10
