@@ -53,7 +53,7 @@ class Effort:
     """Tokens of a training sequence."""
     learning_rate: float = 1e-3
     """Its peak."""
-    distill_weight: float = 0.7
+    distill_weight: float = 1.0
     """Share of the distillation loss."""
     new_tokens: int = 40
     """Of each sample."""

@@ -23,7 +23,7 @@ def blocks(*kinds: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Return the lines of shell blocks that call modmoe, continued lines joined, prompts and what follows a pipe off."""
+    """Return the lines of shell blocks that call modmoe: continued lines joined, no prompt, nothing behind a pipe."""
     lines = "\n".join(blocks("sh", "console")).replace("\\\n", " ").splitlines()
     found = [line.removeprefix("$ ").split(" | ")[0] for line in lines]
     return [line for line in found if line.startswith("modmoe ")]
