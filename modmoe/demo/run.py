@@ -51,7 +51,7 @@ class Effort:
     """Sequences of a step."""
     sequence_length: int = 128
     """Tokens of a training sequence."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
     """Its peak."""
     distill_weight: float = 1.0
     """Share of the distillation loss."""

@@ -43,6 +43,10 @@ class ModularMixin:
             for bypassed in config.ffn_bypass:
                 layer.set_submodule(bypassed, nn.Identity())
             layer.set_submodule(config.ffn_path, ModularFFN(config, index, self.routing_state))
+        backbone: Any = getattr(self, prefix, self)
+        backbone.routing_state = self.routing_state
+        backbone.routing_parameters = list(inspect.signature(backbone.forward).parameters)
+        backbone.register_forward_pre_hook(_begin_pass, with_kwargs=True)
 
     def set_expert(self, expert: str | int | None) -> None:
         """Send every token to one expert, by name or number; None lets the router decide again."""
@@ -92,43 +96,45 @@ class ModularMixin:
         return inputs
 
 
-def _with_routing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a dense forward so that layers know the pass; adds the keywords ``expert_ids`` and ``routing_prompt``."""
-    signature = inspect.signature(forward)
+def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tell the layers about the pass that begins; takes out the keywords ``expert_ids`` and ``routing_prompt``.
+
+    A hook of the backbone rather than of the model with its head, since some trainers call the backbone alone.
+    """
+    config = backbone.config
+    expert_ids, prompt_tokens = kwargs.pop("expert_ids", None), kwargs.pop("routing_prompt", None) or 0
+    given = {**dict(zip(backbone.routing_parameters, args, strict=False)), **kwargs}
+    tokens = given.get("input_ids")
+    cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+    use_cache = config.use_cache if use_cache is None else use_cache
+    is_sequence = config.routing == "sequence"
+    if is_sequence and cache is None and use_cache and not backbone.training:
+        # made here rather than in the dense model, since what the router keeps goes with it
+        cache = kwargs["past_key_values"] = DynamicCache(config=config)
+    begin_pass(
+        backbone.routing_state,
+        tokens=given["inputs_embeds"] if tokens is None else tokens,
+        attention_mask=given.get("attention_mask"),
+        position_ids=given.get("position_ids"),
+        cache=cache,
+        expert_ids=expert_ids,
+        prompt_tokens=int(prompt_tokens),
+        needs_positions=is_sequence,
+    )
+    return args, kwargs
+
+
+def _with_keywords(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a dense forward that says it takes ``expert_ids`` and ``routing_prompt`` too; see ``_begin_pass``."""
 
     @functools.wraps(forward)
-    def routed(self: Any, *args: Any, expert_ids: Tensor | None = None, routing_prompt: int = 0, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given["inputs_embeds"]
-        is_sequence = self.config.routing == "sequence"
-        cache = given.get("past_key_values")
-        use_cache = given.get("use_cache")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if is_sequence and cache is None and use_cache and not self.training:
-            # made here rather than in the dense model, since what the router keeps goes with it
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.config)
-        begin_pass(
-            self.routing_state,
-            tokens=tokens,
-            attention_mask=given.get("attention_mask"),
-            position_ids=given.get("position_ids"),
-            cache=cache,
-            expert_ids=expert_ids,
-            prompt_tokens=int(routing_prompt),
-            needs_positions=is_sequence,
-        )
+    def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature, keyword = inspect.signature(forward), inspect.Parameter.KEYWORD_ONLY
     parameters = list(signature.parameters.values())
     last = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    added = [
-        inspect.Parameter("expert_ids", keyword, default=None),
-        inspect.Parameter("routing_prompt", keyword, default=0),
-    ]
+    added = [inspect.Parameter(name, keyword, default=None) for name in ("expert_ids", "routing_prompt")]
     routed.__signature__ = signature.replace(parameters=[*parameters, *added, *last])  # type: ignore[attr-defined]
     return routed
 
@@ -153,7 +159,7 @@ def model_class(base: type) -> type:
                 "__module__": __name__,
                 "__doc__": f"{base.__name__} with FFNs whose experts share modules.",
                 "__init__": __init__,
-                "forward": _with_routing(base.forward),  # type: ignore[attr-defined]
+                "forward": _with_keywords(base.forward),  # type: ignore[attr-defined]
                 "config_class": made,
                 "__annotations__": {"config": made},
             },

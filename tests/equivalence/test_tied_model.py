@@ -11,7 +11,7 @@ from modmoe.families import FAMILIES
 from modmoe.modeling.modular_ffn import ModularFFN
 from tests.planned import EXPERTS, NUM_MODULES, load_pair
 from tests.reference import tied_ffn
-from tests.tiny import token_ids
+from tests.tiny import token_ids, tokenizer
 
 ROUTINGS = ("token", "sequence", "task")
 COMBINED = (("union", 1), ("union", 2), ("sum", 2))
@@ -300,3 +300,32 @@ def test_lora_goes_through_the_linear_layers(tmp_path):
     assert (changed - before).abs().max() > 1e-2
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(merged(token_ids()).logits, changed, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_trainers_of_other_libraries_train_it(tmp_path, routing):
+    """TRL's own SFTTrainer calls the model's backbone past its head; the layers must know of the pass all the same."""
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    _, model = load_pair(tmp_path, routing=routing)
+    model = model.float()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        disable_tqdm=True,
+        activation_checkpointing=False,
+    )
+    rows = Dataset.from_list([{"text": f"row {number} of the text"} for number in range(8)])
+    SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer()).train()
+    for name, weight in model.named_parameters():
+        if name.endswith(("router.weight", "up_proj.weight")):
+            assert not torch.equal(weight, before[name]), name
