@@ -97,7 +97,7 @@ class FinetuneRecipe:
     max_steps: int = 200
     """Optimiser steps."""
     learning_rate: float | None = None
-    """Peak learning rate; None means 5e-4 for routers and LoRA, 1e-4 for all weights."""
+    """Peak learning rate; None means 0.1 / hidden size (5e-5 to 1e-3), three times that for routers and LoRA."""
     batch_size: int = 8
     """Sequences of a step."""
     sequence_length: int = 256
