@@ -20,8 +20,8 @@ def tasks(shared, tmp_path_factory):
     """Stories, fairy tales and word problems."""
     directory = tmp_path_factory.mktemp("tasks")
     stories = json.loads((shared / "data/tinystories_snippets/tinystories_1000.json").read_text())
-    tales = [json.loads(line) for line in (shared / "data/fairytales/train.jsonl").open()][:20]
-    problems = [json.loads(line) for line in (shared / "data/gsm8k/train.jsonl").open()][:200]
+    tales = [json.loads(line) for line in (shared / "data/fairytales/train.jsonl").read_text().splitlines()][:20]
+    problems = [json.loads(line) for line in (shared / "data/gsm8k/train.jsonl").read_text().splitlines()][:200]
     rows = {
         "stories": [{"text": text} for text in stories[:200]],
         "tales": [{"text": part} for tale in tales for part in tale["text"].split("\n") if len(part) > 80],
