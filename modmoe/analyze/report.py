@@ -203,7 +203,9 @@ def _over_layers(
             "How often the router as converted chooses the expert that loses least of the dense output; chance is "
             "always choosing the one that is best most often."
         )
-        parts.append(page.figure(plots.draw_layers("routers", label, lines, "% of tokens"), "Routers.", text))
+        parts.append(
+            page.figure(plots.draw_layers("routers", label, lines, f"% of {recipe.router.routing}s"), "Routers.", text)
+        )
     if assignments:
         stored = [float(assignment.membership_EM.any(0).sum()) for assignment in assignments]
         core = [float(assignment.membership_EM.all(0).sum()) for assignment in assignments]
@@ -239,7 +241,7 @@ def _layers(
             num_stored, num_core = int((held_M > 0).sum()), int(member_EM.all(0).sum())
             aside = f"{num_stored} of {len(held_M)} modules stored, {num_core} of them in every expert"
         if routers:
-            aside += f", router agrees in {100 * routers[layer]['agreement']:.0f} %"
+            aside += f", router agrees in {100 * routers[layer]['agreement']:.0f}\u00a0%"
         view = _view(analysis, layer, tasks, assignment)
         label = (
             f"Layer {layer}, {aside}: the modules of each expert, their importance for each task, and their neurons."

@@ -140,7 +140,14 @@ def test_plots_and_tables_say_what_they_are(full: tuple[str, Page]) -> None:
 
 def test_numbers_of_the_summary_are_shown(full: tuple[str, Page]) -> None:
     _, page = full
-    for words in ("1,500", "150.0 %", "FFN sparsity is 50.0 %", "sparsity is 30.0 %", "router agrees in 70 %", "2.000"):
+    for words in (
+        "1,500",
+        "150.0 %",
+        "FFN sparsity is 50.0 %",
+        "sparsity is 30.0 %",
+        "router agrees in 70\u00a0%",
+        "2.000",
+    ):
         assert words in page.text
     assert "num_modules: 8" in page.text
 
