@@ -32,7 +32,7 @@ HOLDERS = ("#7a828e", "#3b7dd8", "#e07b1a")
 WIDTH_INCHES = 4.3
 # stand-ins for colours that only the page knows; matplotlib takes no CSS variables
 _INK, _PAPER = "#010203", "#fcfdfe"
-_MOST_TICKS, _MOST_ROWS = 32, 40
+_MOST_RULED, _MOST_NAMED, _MOST_ROWS = 32, 20, 40
 _LABEL_CHARACTERS = 16
 _ABSENT = 0.08
 
@@ -68,7 +68,7 @@ def draw_modules(name: str, label: str, view: LayerView) -> str:
 
     def paint(figure: Figure) -> None:
         top = height
-        left = _label_inches([*view.tasks, *view.experts])
+        left = _label_inches([*view.tasks, *view.experts]) + 0.15
         for number, panel_height in enumerate(heights):
             top -= gap + panel_height
             place = (
@@ -116,7 +116,15 @@ def _paint_importance(axes: Axes, view: LayerView) -> None:
     axes.imshow(cells, aspect="auto", interpolation="none")
     _name_rows(axes, view.tasks)
     _rule(axes, *view.importance_PM.shape)
-    axes.set_title("importance, each row from its least to its largest")
+    axes.set_title("importance, from least to largest in each row")
+    if len(view.tasks) > 1:
+        # the colours of the tasks, for the neurons below
+        colours = [PALETTE[task % len(PALETTE)] for task in range(len(view.tasks))]
+        place = axes.get_yaxis_transform()
+        axes.scatter(
+            [-0.025] * len(colours), range(len(colours)), color=colours, marker="s", transform=place, clip_on=False
+        )
+        axes.tick_params(axis="y", pad=13)
 
 
 def _paint_neurons(axes: Axes, view: LayerView) -> None:
@@ -126,10 +134,9 @@ def _paint_neurons(axes: Axes, view: LayerView) -> None:
     axes.set_ylabel("neurons")
     _rule(axes, len(cells), len(view.modules), is_ruled_across=False)
     if len(view.tasks) == 1:
-        axes.set_title("neurons, the stronger the more active")
+        axes.set_title("the stronger, the more active")
     else:
-        shown = list(view.tasks)[: min(4, len(PALETTE))]
-        _legend(axes, {_shorten(task, 12): PALETTE[number] for number, task in enumerate(shown)})
+        axes.set_title("by the task that they are most active for")
 
 
 def draw_square(name: str, label: str, value_EE: Floats, names: Sequence[str]) -> str:
@@ -163,7 +170,7 @@ def draw_layers(name: str, label: str, lines: Mapping[str, Sequence[float]], uni
         axes = _frame(figure, 0.55, 2.2)
         for title, values in lines.items():
             style = "--" if title == "chance" else "-"
-            marker = "o" if len(values) <= _MOST_TICKS else None
+            marker = "o" if len(values) <= _MOST_RULED else None
             axes.plot(range(len(values)), values, color=colours[title], linestyle=style, marker=marker, markersize=4)
         top = max((value for values in lines.values() for value in values), default=1)
         axes.set_ylim(0, 1.08 * top or 1)
@@ -251,19 +258,19 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _name_modules(axes: Axes, modules: Sequence[int]) -> None:
-    step = -(-len(modules) // _MOST_TICKS)
+    step = -(-len(modules) // _MOST_NAMED)
     shown = range(0, len(modules), step)
-    axes.set_xticks(shown, [str(modules[place]) for place in shown], fontsize=6.5 if len(shown) > 20 else 8)
-    axes.set_xlabel("module" if step == 1 else f"module, every {step}. named")
+    axes.set_xticks(shown, [str(modules[place]) for place in shown], fontsize=8)
+    axes.set_xlabel("module" if step == 1 else f"module, one in {step} named")
 
 
 def _rule(axes: Axes, rows: int, columns: int, *, is_ruled_across: bool = True) -> None:
-    """Draw thin lines in the page's colour between the columns of cells, and between the rows."""
-    width = 1.2 if columns <= _MOST_TICKS else 0.5
+    """Draw thin lines in the page's colour between the columns of cells, unless they are too narrow, and the rows."""
     # lines, not a grid: a tick for each would take most of the time
-    axes.vlines(np.arange(0.5, columns - 1), -0.5, rows - 0.5, colors=_PAPER, linewidth=width)
-    if is_ruled_across:
-        axes.hlines(np.arange(0.5, rows - 1), -0.5, columns - 0.5, colors=_PAPER, linewidth=width)
+    if columns <= _MOST_RULED:
+        axes.vlines(np.arange(0.5, columns - 1), -0.5, rows - 0.5, colors=_PAPER, linewidth=1.2)
+    if is_ruled_across and rows <= _MOST_ROWS:
+        axes.hlines(np.arange(0.5, rows - 1), -0.5, columns - 0.5, colors=_PAPER, linewidth=1.2)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -285,8 +292,10 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
 
 
 def _shorten(text: str, most: int = _LABEL_CHARACTERS) -> str:
+    """Return the text on one line, its middle left out where it is long: names often differ at their end."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+    head, tail = most // 2, most - most // 2 - 1
+    return flat if len(flat) <= most else f"{flat[:head]}…{flat[-tail:]}"
 
 
 def _render(name: str, label: str, height_inches: float, paint: Callable[[Figure], None]) -> str:
