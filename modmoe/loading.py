@@ -72,6 +72,11 @@ def load(
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Load the tokenizer that lies beside a checkpoint; CheckpointError where there is none."""
     directory = resolve_source(source, revision)
+    config = read_config(directory)
+    if str(config.get("model_type", "")).startswith(TIED_PREFIX) and not own_code(config):
+        # transformers asks for the configuration of the type, and warns where it knows none
+        kind = _tied_classes(directory, config)[1]
+        AutoConfig.register(kind.model_type, kind, exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:

@@ -207,7 +207,7 @@ def analyze(
 ) -> dict[str, Any]:
     """Profile a dense model and cut its FFNs into modules; write the statistics to ``output``, whole or not at all.
 
-    Returns the layers' coefficients of variation between tasks and where things were written.
+    Returns what ``modmoe analyze --json`` prints: the sizes, the tokens of each task, and where things were written.
     """
     progress = progress or silent
     check_output(output, overwrite=overwrite)
