@@ -74,7 +74,7 @@ def export(
             verify=verify,
             revision=revision,
         )
-        if not as_json and result["verified"]:
+        if not as_json and result.get("verified"):
             # people read the line that counts; programs get all of it
-            result["verified"].pop("by_dtype")
+            result["verified"].pop("by_dtype", None)
         console.finish(result, title=output, next_step=flags.quote("modmoe", "push", output, "OWNER/NAME", "--dry-run"))
