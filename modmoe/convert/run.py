@@ -97,7 +97,7 @@ def convert(
         save_analysis(directory / "analysis", analysis)
         write_json(directory / "analysis" / "plan.json", plan.describe())
         progress("verifying")
-        verified = verify_all_on(directory, analysis, assignments)
+        verified = verify_all_on(directory, analysis, assignments, trust_remote_code=recipe.trust_remote_code)
         result = {
             **inspect(str(directory)),
             "output": str(output),
@@ -216,21 +216,22 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def verify_all_on(directory: Path, analysis: Analysis, assignments: list[Assignment]) -> dict[str, Any]:
+def verify_all_on(
+    directory: Path, analysis: Analysis, assignments: list[Assignment], *, trust_remote_code: bool
+) -> dict[str, Any]:
     """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
 
     Where modules were left out, their neurons are taken out of the dense model for the comparison.
     """
-    recipe_trust = bool(analysis.source.checkpoint.config.get("auto_map"))
     small = analysis.model.num_parameters() <= _FLOAT64_PARAMETERS
     dtype = torch.float64 if small else torch.float32
     batch = next(iter(analysis.batches.values()))[0]
     rows = Batch(batch.input_ids_BT[:2], batch.attention_mask_BT[:2])
-    tied: Any = load(directory, trust_remote_code=recipe_trust, dtype=dtype, device="cpu")
+    tied: Any = load(directory, trust_remote_code=trust_remote_code, dtype=dtype, device="cpu")
     with torch.no_grad(), tied.all_modules():
         found = tied(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits
     del tied
-    dense = load(analysis.source.checkpoint.directory, trust_remote_code=recipe_trust, dtype=dtype, device="cpu")
+    dense = load(analysis.source.checkpoint.directory, trust_remote_code=trust_remote_code, dtype=dtype, device="cpu")
     left_out = _silence_unused(dense, analysis, assignments)
     with torch.no_grad():
         wanted = dense(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits

@@ -183,6 +183,18 @@ def test_own_code_is_not_executed_unasked(work, capsys):
     assert not (work / "executed").exists()
 
 
+def test_code_beside_a_known_architecture_is_never_executed(work):
+    """A Llama that names Python files of its own is read as the Llama that transformers knows, in every step."""
+    entries = {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M", "AutoTokenizer": ["m.T", None]}
+    edit_config(work, auto_map=entries)
+    (work / "dense" / "m.py").write_text(f"open({str(work / 'executed')!r}, 'w')")
+    tasks = ["--task", f"words={work}/tasks/words.jsonl", "--task", f"code={work}/tasks/code.jsonl"]
+    command = ["convert", str(work / "dense"), str(work / "out"), *tasks, "--num-modules", "8", "--tokens", "200", "-q"]
+    assert run(command) == 0
+    assert run(["export", str(work / "out"), str(work / "moe"), "--form", "dense", "--expert", "words", "-q"]) == 0
+    assert not (work / "executed").exists()
+
+
 def test_a_recipe_reads_1e_minus_4_as_a_number(work, capsys):
     recipe = work / "r.yaml"
     recipe.write_text("finetune:\n  learning_rate: 1e-4\n")
