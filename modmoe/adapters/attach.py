@@ -1,0 +1,387 @@
+"""Attaching adapters to the layers of a model, without moving or renaming anything that is there.
+
+A site is a submodule that hangs below the layer it serves and changes its output by hooks, so every weight of the base
+model keeps its name and its class, and sites of several methods do not see each other.
+"""
+
+# Shapes: B batch, T tokens, D input width, O output width
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .base import RoutedAdapter, SiteShape
+from .passes import Context, Frame, LayerHook, first_tensor
+
+CONTEXT = "routed_context"
+"""Attribute of a model with adapters: what they share."""
+
+
+class Site(nn.Module):
+    """The adapters of one method at one layer, by name."""
+
+    def __init__(self, target: nn.Module, adapter_class: type[RoutedAdapter], path: str, context: Context) -> None:
+        """Hang below ``target``, which lies at ``path``; ``attach_site`` does it."""
+        super().__init__()
+        self.adapter_class, self.path, self.context = adapter_class, path, context
+        self.layer = layer_number(path)
+        self.container = f"modmoe_{adapter_class.method}"
+        self.add_module(self.container, nn.ModuleDict())
+        self._before: list[Tensor] = []
+        self._handles: list[Any] = []
+        self.install(target)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters by name."""
+        return cast(nn.ModuleDict, getattr(self, self.container))
+
+    def active(self) -> list[RoutedAdapter]:
+        """Return the adapters that run now."""
+        return [cast(RoutedAdapter, adapter) for adapter in self.adapters.values()]
+
+    def install(self, target: nn.Module) -> None:
+        """Put the hooks on ``target`` that its kind of adapter needs."""
+        kind = self.adapter_class.kind
+        if not self.path:
+            return  # below the model itself lies only what sites share
+        if kind in ("ffn", "experts"):
+            # the base computation would be thrown away, so it does not run at all
+            self._base_forward = target.forward
+            target.forward = self.run_instead
+            return
+        if kind == "layer":
+            self._handles += self.adapter_class.install(self, target)  # type: ignore[attr-defined]
+            return
+        if kind == "block":
+            self._handles.append(target.register_forward_pre_hook(self.before, with_kwargs=True))
+        if self.adapter_class.needs_base_router:
+            self._handles.append(base_router(target, self.path).register_forward_hook(self.routed))
+        self._handles.append(target.register_forward_hook(self.after, with_kwargs=True))
+
+    def remove(self, target: nn.Module) -> None:
+        """Take the hooks off ``target`` again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.path and self.adapter_class.kind in ("ffn", "experts"):
+            del target.forward
+
+    def frame(self) -> Frame:
+        """Return the frame of the decoder layer that this site lies in."""
+        return self.context.frame(self.layer)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the block's input as it is before the block runs: Mixtral multiplies it in place by jitter."""
+        x = first_tensor(args, kwargs)
+        assert x is not None
+        jitters = module.training and getattr(module, "jitter_noise", 0.0) > 0
+        self._before.append(x.clone() if jitters and self.active() else x)
+
+    def routed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keep what the base model's router chose: its weights and its experts, each [T, K]."""
+        _, weights_TK, ids_TK = output
+        self.frame().values[f"{self.path} base router"] = (weights_TK, ids_TK)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Add the active adapters' deltas to the layer's output."""
+        is_block = self.adapter_class.kind == "block"
+        x = self._before.pop() if is_block else None
+        adapters = self.active()
+        if not adapters:
+            return output
+        first = output[0] if isinstance(output, tuple) else output
+        if self.adapter_class.kind == "output":
+            x = first
+        elif x is None:
+            x = first_tensor(args, kwargs)
+        assert x is not None
+        total = first
+        for adapter in adapters:
+            total = total + apply_delta(adapter, x, self.frame()).to(first.dtype).reshape(first.shape)
+        return (total, *output[1:]) if isinstance(output, tuple) else total
+
+    def run_instead(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer's output with the active adapter, or as the base model does where there is none."""
+        adapters: list[Any] = self.active()
+        if not adapters:
+            return self._base_forward(*args, **kwargs)
+        if len(adapters) > 1:
+            raise ValueError(f"{self.path}: several {self.adapter_class.method} adapters are active; choose one.")
+        return adapters[0].mix(cast(Any, self._base_forward).__self__, self.frame(), *args, **kwargs)
+
+
+def apply_delta(adapter: RoutedAdapter, x: Tensor, frame: Frame) -> Tensor:
+    """Return an adapter's delta for x of any leading shape, [T, O], computed in the parameters' type."""
+    dtype = next(adapter.parameters()).dtype
+    return adapter.delta(x.reshape(-1, x.shape[-1]).to(dtype), frame)
+
+
+def attach(
+    model: nn.Module,
+    adapter_class: type[RoutedAdapter],
+    settings: Any,
+    *,
+    targets: str | Iterable[str] | None = None,
+    layers: Sequence[int] | int | None = None,
+    name: str = "default",
+) -> list[str]:
+    """Attach an adapter to every layer that ``targets`` names and freeze nothing; return the layers' paths.
+
+    Args:
+        model: the base model; its modules and weights stay where they are.
+        adapter_class: a method of METHODS.
+        settings: the method's dataclass.
+        targets: names of layers (matched as PEFT does: the whole path or its end), or one regular expression of whole
+            paths; None for the method's own.
+        layers: decoder layers to keep to; None for all.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: nothing matches, or the settings do not fit a layer.
+    """
+    paths = find_targets(model, adapter_class, targets, layers)
+    for path in paths:
+        site = attach_site(model, path, adapter_class)
+        add_adapter(site, model, path, settings, name)
+    return paths
+
+
+def attach_site(model: nn.Module, path: str, adapter_class: type[RoutedAdapter], site_class: type[Site] = Site) -> Site:
+    """Return the method's site at ``path``, made where there is none yet."""
+    target = model.get_submodule(path)  # the model itself for an empty path
+    child = f"routed_{adapter_class.method}"
+    if not hasattr(target, child):
+        site = site_class(target, adapter_class, path, context_of(model, path))
+        target.add_module(child, site)
+    return cast(Site, getattr(target, child))
+
+
+def add_adapter(site: Site, model: nn.Module, path: str, settings: Any, name: str) -> RoutedAdapter:
+    """Make an adapter at a site, on the device of the layer it serves."""
+    target = model.get_submodule(path)
+    shape = measure(model, target, path, site.adapter_class)
+    try:
+        adapter = site.adapter_class(settings, shape, path)
+    except ValueError as error:
+        raise ValueError(f"{site.adapter_class.method} at {path}: {error}") from None
+    adapter.train(target.training)
+    weight = next((value for key, value in target.named_parameters() if "routed_" not in key), None)
+    made = next(adapter.parameters())
+    if weight is not None and not made.is_meta and not weight.is_meta:
+        adapter.to(weight.device)
+    site.adapters[name] = adapter
+    shared = site.adapter_class.shared_shapes(settings, shape)
+    if shared:
+        adapter.shared = [
+            _share(attach_site(model, "", site.adapter_class, type(site)), settings, shared, adapter, name)
+        ]
+    return adapter
+
+
+def _share(site: Site, settings: Any, shapes: dict[str, tuple[int, ...]], adapter: nn.Module, name: str) -> nn.Module:
+    """Return the module with an adapter's shared parameters, after adding those that are new."""
+    if name not in site.adapters:
+        site.adapters[name] = nn.Module()
+    module = site.adapters[name]
+    like = next(adapter.parameters())
+    for key, shape in shapes.items():
+        if not hasattr(module, key):
+            weight = torch.empty(shape, dtype=torch.float32, device=like.device)
+            if not weight.is_meta:
+                site.adapter_class.reset_shared(settings, key, weight)
+            module.register_parameter(key, nn.Parameter(weight))
+    return module
+
+
+def detach(model: nn.Module) -> None:
+    """Take every site and hook off a model; its weights are left as they are."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Site):
+            parent, _, child = path.rpartition(".")
+            target = model.get_submodule(parent)
+            module.remove(target)
+            delattr(target, child)
+    for handle in getattr(model, f"{CONTEXT}_handles", {}).values():
+        for one in handle:
+            one.remove()
+    for name in (CONTEXT, f"{CONTEXT}_handles"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+def context_of(model: nn.Module, path: str | None = None) -> Context:
+    """Return what the adapters of ``model`` share, with hooks on the model and on the decoder layer of ``path``."""
+    if not hasattr(model, CONTEXT):
+        context = Context()
+        setattr(model, CONTEXT, context)
+        backbone: Any = getattr(model, "base_model", model)
+        setattr(
+            model,
+            f"{CONTEXT}_handles",
+            {
+                "": [
+                    *([model.register_forward_pre_hook(context.begin_model, with_kwargs=True)]),
+                    backbone.register_forward_pre_hook(context.begin_pass, with_kwargs=True),
+                    backbone.register_forward_hook(context.end_pass, with_kwargs=True),
+                ]
+            },
+        )
+    context, handles = getattr(model, CONTEXT), getattr(model, f"{CONTEXT}_handles")
+    layer = layer_path(path or "")
+    if layer is not None and layer not in handles:
+        hook = LayerHook(context, cast(int, layer_number(layer)))
+        module = model.get_submodule(layer)
+        handles[layer] = [module.register_forward_pre_hook(hook.enter, with_kwargs=True)]
+        handles[layer] += [
+            child.register_forward_pre_hook(hook.enter_child, with_kwargs=True) for child in module.children()
+        ]
+    return cast(Context, context)
+
+
+_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+
+
+def layer_path(path: str) -> str | None:
+    """Return the decoder layer that a path lies in: all up to its first number."""
+    found = _LAYER.match(path)
+    return found.group(1) if found else None
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the decoder layer that a path lies in, or None."""
+    layer = layer_path(path)
+    return None if layer is None else int(layer.rpartition(".")[2])
+
+
+def find_targets(
+    model: nn.Module,
+    adapter_class: type[RoutedAdapter],
+    targets: str | Iterable[str] | None = None,
+    layers: Sequence[int] | int | None = None,
+) -> list[str]:
+    """Return the paths of the layers that ``targets`` names, in the model's order.
+
+    Raises:
+        ValueError: a name matches nothing, or something that this kind of adapter cannot be attached to; the message
+            names what there is.
+    """
+    wanted_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+    fitting = [path for path, module in _modules(model) if fits(module, path, adapter_class)]
+    if wanted_layers is not None:
+        fitting = [path for path in fitting if layer_number(path) in wanted_layers]
+    chosen = adapter_class.targets if targets is None else targets
+    if isinstance(chosen, str):
+        matched = [path for path in fitting if re.fullmatch(chosen, path)]
+        lacking = [] if matched else [chosen]
+    else:
+        names = list(chosen)
+        is_default = targets is None
+        matched = [path for path in fitting if not names or any(_ends(path, name) for name in names)]
+        lacking = [name for name in names if not any(_ends(path, name) for path in fitting)]
+        if is_default and matched:
+            lacking = []
+    if lacking or not matched:
+        there = sorted({path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else path for path in fitting})
+        asked = ", ".join(map(repr, lacking)) or "anything"
+        raise ValueError(
+            f"target_modules: {asked} names no layer that {adapter_class.method} can be attached to; "
+            + (f"there are {', '.join(there)}." if there else f"this model has none of its kind, {adapter_class.kind}.")
+        )
+    return matched
+
+
+def fits(module: nn.Module, path: str, adapter_class: type[RoutedAdapter]) -> bool:
+    """Return whether this kind of adapter can be attached to a layer."""
+    kind, leaf = adapter_class.kind, path.rpartition(".")[2]
+    if kind == "linear":
+        return linear_sizes(module) is not None and layer_path(path) is not None
+    if kind == "output":
+        return layer_path(path) is not None and (linear_sizes(module) is not None or is_block(module, leaf))
+    if kind == "block":
+        has_router = find_base_router(module) is not None
+        return is_block(module, leaf) and (has_router or not adapter_class.needs_base_router)
+    if kind == "ffn":
+        return is_block(module, leaf) and all(hasattr(module, f"{part}_proj") for part in ("gate", "up", "down"))
+    if kind == "experts":
+        return isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+    return path == layer_path(path) and hasattr(module, "self_attn")
+
+
+def is_block(module: nn.Module, leaf: str) -> bool:
+    """Return whether a submodule is the FFN or the MoE block of a decoder layer."""
+    return leaf in ("mlp", "block_sparse_moe", "feed_forward", "ffn") and not isinstance(module, nn.Linear)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return input and output width of a linear layer, quantized or GPT-2's; None for anything else."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(cast(Any, module).nx), int(cast(Any, module).nf)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return None if None in sizes else (int(sizes[0]), int(sizes[1]))  # type: ignore[arg-type]
+
+
+def find_base_router(block: nn.Module) -> nn.Module | None:
+    """Return the router of an MoE block of transformers 5, or None in a dense one."""
+    for child in block.children():
+        if type(child).__name__.endswith("Router") and isinstance(getattr(child, "weight", None), Tensor):
+            return child
+    return None
+
+
+def base_router(block: nn.Module, path: str) -> nn.Module:
+    """Return the router of an MoE block; ValueError where there is none."""
+    found = find_base_router(block)
+    if found is None:
+        raise ValueError(f"{path}: has no router of a known form to reuse; is it a dense FFN?")
+    return found
+
+
+def measure(model: nn.Module, target: nn.Module, path: str, adapter_class: type[RoutedAdapter]) -> SiteShape:
+    """Return the sizes of a layer; works on the meta device."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = int(getattr(config, "hidden_size", 0))
+    sizes = linear_sizes(target)
+    inputs, outputs = sizes if sizes is not None else (width, width)
+    if adapter_class.kind == "output":
+        inputs = outputs
+    router = find_base_router(target)
+    experts = 0 if router is None else int(cast(Tensor, router.weight).shape[0])
+    parts: dict[str, tuple[int, int]] = {}
+    if adapter_class.kind in ("ffn", "layer"):
+        for inner, module in target.named_modules():
+            inner_sizes = linear_sizes(module)
+            if inner_sizes is not None and "routed_" not in inner:
+                parts[inner] = inner_sizes
+    if adapter_class.kind == "experts":
+        gate_up, down = cast(Tensor, target.gate_up_proj), cast(Tensor, target.down_proj)
+        experts = gate_up.shape[0]
+        sizes_of = [tuple(weight.shape[1:]) for weight in (gate_up, down)]
+        swap = bool(getattr(target, "is_transposed", False))
+        flat = [(a, b) if swap else (b, a) for a, b in sizes_of]
+        parts = {"gate_up_proj": flat[0], "down_proj": flat[1]}
+        inputs, outputs = flat[0][0], flat[1][1]
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    return SiteShape(
+        inputs=inputs,
+        outputs=outputs,
+        num_experts=experts,
+        parts=parts,
+        num_heads=heads,
+        head_dim=int(getattr(config, "head_dim", None) or (width // heads if heads else 0)),
+        init_range=float(getattr(config, "initializer_range", 0.02) or 0.02),
+    )
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if path and "routed_" not in path]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

@@ -1,0 +1,107 @@
+"""CoMoL: one LoRA whose small core is mixed from experts, token by token.
+
+    CoMoL, https://arxiv.org/abs/2603.00573
+
+    z = A x                      the token in core space
+    p = softmax(W z)             core-space routing: the router reads z and costs E R weights
+    p = softmax(W x)             without it: E D weights
+    delta(x) = alpha / R  B (sum_e p_e C_e) z
+
+A layer costs R (D + O) as one LoRA does, E R R for the cores and E R (or E D) for the router. Everything behind z is
+linear, so mixing cores equals mixing outputs. The mix depends on the token: it folds into the weights only with one
+core. B is zero at the start; the published code begins the cores and A as ``nn.Linear`` does, and so does this.
+"""
+
+# Shapes: T tokens, D input width, O output width, E experts, R rank, S = R (a core's input side)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Fold, RoutedAdapter, SiteShape
+from .losses import Route
+from .passes import Frame
+from .routing import dropped, kaiming_, router_logits
+
+
+@dataclass(kw_only=True)
+class CoMoLSettings:
+    """The choices of CoMoL; the defaults are the paper's."""
+
+    r: int = 16
+    """Rank of the one pair (A, B) and width of the cores."""
+    lora_alpha: float = 16
+    """The delta is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.1
+    """Dropout on the input, on the mixed core and in front of B."""
+    num_experts: int = 8
+    """Cores."""
+    core_routing: bool = True
+    """Whether the router reads the token in core space rather than the layer's input."""
+
+
+class CoMoL(RoutedAdapter):
+    """A LoRA with a core mixed for each token."""
+
+    method = "comol"
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+    fold: ClassVar[Fold] = "approximate"
+    down_RD: Tensor
+    up_OR: Tensor
+    cores_ERS: Tensor
+    router_EX: Tensor
+
+    @classmethod
+    def shapes(cls, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
+        """Return A, B, the cores and the router."""
+        experts, rank = settings.num_experts, settings.r
+        return {
+            "down_RD": (rank, shape.inputs),
+            "up_OR": (shape.outputs, rank),
+            "cores_ERS": (experts, rank, rank),
+            "router_EX": (experts, rank if settings.core_routing else shape.inputs),
+        }
+
+    def reset_parameters(self) -> None:
+        """B zero, the rest as ``nn.Linear``."""
+        for weight in (self.down_RD, self.cores_ERS, self.router_EX):
+            kaiming_(weight)
+        self.up_OR.zero_()
+
+    def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
+        """Return alpha / R  B (sum_e p_e C_e) A x."""
+        share = self.settings.lora_dropout
+        z_TS = F.linear(dropped(x_TD, share, self.training), self.down_RD)
+        logits_TE = router_logits(z_TS if self.settings.core_routing else x_TD, self.router_EX)
+        probs_TE = logits_TE.softmax(-1)
+        frame.record(
+            Route(
+                site=self.site,
+                probs_TE=probs_TE,
+                weights_TE=probs_TE,
+                chosen_TE=torch.ones_like(probs_TE, dtype=torch.bool),
+                logits_TE=logits_TE,
+            )
+        )
+        # core by core: a mixed core for each token would be T R R numbers
+        experts, rank, _ = self.cores_ERS.shape
+        mixed_TER = F.linear(z_TS, self.cores_ERS.flatten(0, 1)).view(-1, experts, rank)
+        y_TR = (mixed_TER * probs_TE.to(mixed_TER.dtype).unsqueeze(-1)).sum(1)
+        scale: float = self.settings.lora_alpha / rank
+        return scale * F.linear(dropped(y_TR, share, self.training), self.up_OR)
+
+    @property
+    def fold_kind(self) -> Fold:
+        """``exact`` with one core."""
+        return "exact" if self.settings.num_experts == 1 else "approximate"
+
+    def fixed_weight(self, weights_E: Tensor | None = None) -> Tensor:
+        """Return alpha / R  B (sum_e w_e C_e) A."""
+        core_RS = self.cores_ERS[0] if weights_E is None else torch.einsum("e,ers->rs", weights_E, self.cores_ERS)
+        scale: float = self.settings.lora_alpha / self.settings.r
+        return scale * self.up_OR @ core_RS @ self.down_RD
