@@ -38,6 +38,10 @@ class ExportError(ModmoeError, ValueError):
     """A form or target cannot hold this model, or what was written does not reload."""
 
 
+class AdapterError(ModmoeError, ValueError):
+    """A routed adapter does not fit its model, or its file is damaged or belongs to another."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to ``name``, or a list of what is known.
 

@@ -1,1 +1,10 @@
-"""Routed adapters, one paper a file. None is here yet."""
+"""Routed adapters: mixtures of LoRA and their kin on frozen models, as PEFT methods.
+
+Importing this package makes the methods known to PEFT: ``get_peft_model(model, CoMoLConfig())``, and
+``PeftModel.from_pretrained`` for what was saved.
+"""
+
+from modmoe.adapters.budget import solve_budget
+from modmoe.adapters.configs import CONFIGS, CoMoLConfig
+
+__all__ = ["CONFIGS", "CoMoLConfig", "solve_budget"]
