@@ -15,6 +15,7 @@ EPILOG = flags.examples(
     "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt --active-fraction 0.5",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
+    "modmoe convert ./model ./adapter --method adapters --adapter comol --budget 1000000",
 )
 
 
@@ -23,7 +24,7 @@ def convert(
     output: flags.Output,
     task: flags.Task = None,
     recipe: flags.RecipeFile = None,
-    method: Annotated[str | None, typer.Option(metavar="METHOD", help="The conversion: modular.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="METHOD", help="The conversion: modular or adapters.")] = None,
     tokens: flags.Tokens = None,
     num_modules: flags.NumModules = None,
     num_experts: Annotated[int | None, typer.Option(help="Experts; by default one a task.")] = None,
@@ -60,6 +61,9 @@ def convert(
     adapter: Annotated[
         str | None, typer.Option(metavar="METHOD", help="With --method adapters: which routed adapter.")
     ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="With --method adapters: parameters to stay within; the rank is solved for.")
+    ] = None,
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report with plots.")
     ] = None,
@@ -84,8 +88,6 @@ def convert(
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         tasks = flags.parse_tasks(task)
-        if adapter is not None and method != "adapters":
-            raise RecipeError("--adapter: belongs to --method adapters; leave it out or name that method.")
         chosen = {
             "--modules-per-expert": modules_per_expert,
             "--active-fraction": active_fraction,
@@ -120,6 +122,8 @@ def convert(
             router_start=router_start,
             router_kind=router_kind,
             routing_chunk=routing_chunk,
+            adapter=adapter,
+            budget=budget,
             partition=partition,
             assignment=assignment,
             score=score,

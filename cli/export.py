@@ -1,4 +1,4 @@
-"""``modmoe export``: a converted model in a form that is given away."""
+"""``modmoe export``: a converted model or an adapter in a form that is given away."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ EPILOG = flags.examples(
     "modmoe export ./tuned ./out --format safetensors --form tied",
     "modmoe export ./tuned ./mixtral --form native --target mixtral --dtype bfloat16",
     "modmoe export ./tuned ./math-only --form dense --expert math",
+    "modmoe export ./adapter ./whole --form tied",
+    "modmoe export ./adapter ./plain --form dense --approximate --task math=math.jsonl",
 )
 
 
@@ -35,6 +37,10 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare the outputs.")
     ] = True,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Fold an adapter that depends on the token, at its mean over --task.")
+    ] = False,
+    task: flags.Task = None,
     overwrite: flags.Overwrite = False,
     trust_remote_code: flags.Trust = False,
     revision: flags.Revision = None,
@@ -44,14 +50,14 @@ def export(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
 ) -> None:
-    """Export a converted model.
+    """Export a converted model, or a routed adapter.
 
     \b
-    tied     every module once, with the code that runs it
+    tied     every module once, or the base model and its adapter, with the code that runs it
     native   an architecture that other tools know, experts copied out
-    dense    one expert as a dense model of the original family
+    dense    one expert as a dense model of the original family, or the base model with the adapter folded in
     packed   modules as ordinary experts, the router choosing modules (not built yet)
-    adapter  the adapters alone (not built yet)
+    adapter  the adapter alone, as PEFT has it
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         flags.choose("--format", file_format, ("safetensors",))
@@ -73,6 +79,8 @@ def export(
             trust_remote_code=trust_remote_code,
             verify=verify,
             revision=revision,
+            approximate=approximate,
+            tasks=flags.parse_tasks(task),
         )
         if not as_json and result.get("verified"):
             # people read the line that counts; programs get all of it

@@ -43,6 +43,12 @@ def finetune(
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Fill sequences with several rows.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="With --train adapters: attach this one to a model without.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="With --adapter: parameters to stay within; the rank is solved for.")
+    ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two states that --resume goes on from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state of an interrupted run.")] = False,
@@ -68,6 +74,8 @@ def finetune(
             progress=console.progress,
             tasks=flags.parse_tasks(task),
             train=train,
+            adapter=adapter,
+            budget=budget,
             distill_from=distill_from,
             distill_weight=distill_weight,
             temperature=temperature,

@@ -21,8 +21,8 @@ def validate(
     verbose: flags.Verbose = False,
 ) -> None:
     """Check a recipe strictly and print it with every default filled in."""
+    from modmoe.convert.check import check_recipe
     from modmoe.recipe import dump_recipe, load_recipe
-    from modmoe.steps import check_recipe
 
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         resolved = load_recipe(recipe)

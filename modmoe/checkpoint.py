@@ -20,6 +20,8 @@ from modmoe.errors import CheckpointError, RecipeError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "modmoe_manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -232,6 +234,68 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json; name the directory of a checkpoint.")
     return _read_json(path)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds an adapter alone, as PEFT writes it, and no model."""
+    has_model = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    return (directory / ADAPTER_CONFIG).is_file() and not has_model
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json as a mapping; CheckpointError where it is none."""
+    return _read_json(directory / ADAPTER_CONFIG)
+
+
+def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of each of an adapter's tensors by name; no weight is read.
+
+    Raises CheckpointError where the file is missing, damaged or a pickle.
+    """
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        if any(directory.glob("*.bin")):
+            raise CheckpointError(
+                f"{directory}: holds pickled weights only, which can run code when read; save the adapter again with "
+                "save_pretrained(..., safe_serialization=True)."
+            )
+        raise CheckpointError(f"{directory}: no {ADAPTER_WEIGHTS}; fetch the adapter again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return {name: (tuple(one.get_shape()), _DTYPES[one.get_dtype()]) for name, one in slices.items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
+
+
+def local_base(directory: Path) -> Path | None:
+    """Return the directory of the model that an adapter is for; None where nothing on this disk is named.
+
+    A relative path counts from the working directory, and then from the adapter's.
+    """
+    named = read_adapter_config(directory).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(
+            f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {named!r}; write the base model's directory or "
+            "Hub id there."
+        )
+    return next((place for place in (Path(named), directory / named) if place.is_dir()), None)
+
+
+def resolve_base(directory: Path) -> Path:
+    """Return the directory of the model that an adapter is for, fetched from the Hub if need be.
+
+    Raises CheckpointError where it is not to be had, or is an adapter itself.
+    """
+    base, config = local_base(directory), read_adapter_config(directory)
+    if base is None:
+        try:
+            base = resolve_source(config["base_model_name_or_path"], config.get("revision"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from error
+    if is_adapter(base):
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG}: the base model {base} is an adapter itself.")
+    return base
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from modmoe.accounting import (
     read_experts,
     routed_of,
     tensor_bytes,
+    tensor_parameters,
 )
-from modmoe.checkpoint import INDEX, SINGLE, Checkpoint
+from modmoe.checkpoint import (
+    ADAPTER_WEIGHTS,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    adapter_headers,
+    is_adapter,
+    local_base,
+    read_adapter_config,
+)
 from modmoe.errors import CheckpointError
 from modmoe.families import layers_of
 
@@ -25,7 +36,9 @@ def inspect(directory: str) -> dict[str, Any]:
     """Return what a checkpoint is, in the keys of ``modmoe inspect --json``; weights are not loaded.
 
     A dense directory has 0 experts and modules, and one count throughout. For a mixture of experts of another format
-    ``parameters.dense`` is None, since nothing says what it came from.
+    ``parameters.dense`` is None, since nothing says what it came from. An adapter, alone or with its base model in one
+    checkpoint, has ``method``, ``num_experts``, ``r``, ``top_k``, ``targets``, and ``parameters`` with ``adapter``,
+    ``base`` and ``total``; alone, what needs its base model is None where that is not on this disk.
 
     Raises:
         CheckpointError: the directory is no checkpoint, or a damaged one.
@@ -33,8 +46,8 @@ def inspect(directory: str) -> dict[str, Any]:
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{directory}: no such directory.")
-    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
-        raise CheckpointError(f"{directory}: holds an adapter alone; inspect the model that it is attached to.")
+    if is_adapter(path):
+        return _inspect_adapter(path)
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     if str(config.get("model_type", "")).startswith("modmoe_") and "stored_modules" in config:
@@ -45,10 +58,14 @@ def inspect(directory: str) -> dict[str, Any]:
     else:
         counts = count_other(checkpoint)
         about = _describe_other(config)
+    adapted = _describe_adapted(checkpoint) if "adapter_method" in config else {}
+    added = adapted.pop("parameters", {})
     return {
         "model_type": config.get("model_type"),
         **about,
+        **adapted,
         "parameters": {
+            **added,
             "dense": counts.dense,
             "stored": counts.stored,
             "active": counts.active,
@@ -59,6 +76,58 @@ def inspect(directory: str) -> dict[str, Any]:
         "tensor_bytes": tensor_bytes(checkpoint),
         "sparsity": _sparsity(counts),
         "experts": about["experts"],
+    }
+
+
+def _inspect_adapter(path: Path) -> dict[str, Any]:
+    """Return what an adapter alone is, and what its base model is where that is on this disk."""
+    config, headers = read_adapter_config(path), adapter_headers(path)
+    sizes = {name: math.prod(shape) for name, (shape, _) in headers.items()}
+    # layers that were trained whole take the place of the base model's
+    added = sum(size for name, size in sizes.items() if _ADAPTER in name)
+    base = local_base(path)
+    about: dict[str, Any] = {"model_type": None, **_describe_other({}), "num_layers": None}
+    numbers: dict[str, Any] = dict.fromkeys(("base", "total", "dense", "stored", "active", "materialised"))
+    sparsity: dict[str, float] | None = None
+    if base is not None:
+        checkpoint = Checkpoint(base)
+        counts = count_other(checkpoint)
+        about = {"model_type": checkpoint.config.get("model_type"), **_describe_other(checkpoint.config)}
+        numbers = {"base": counts.stored, "total": counts.stored + added, "dense": counts.dense}
+        numbers |= {"stored": counts.stored + added, "active": counts.active + added}
+        numbers |= {"materialised": counts.materialised + added}
+        sparsity = _sparsity(counts)
+    return {
+        **about,
+        **_describe_adapter(str(config.get("peft_type")).removeprefix("MODMOE_").lower(), config),
+        "base_model": config.get("base_model_name_or_path"),
+        "targets": config.get("target_modules"),
+        "parameters": {"adapter": sum(sizes.values()), **numbers},
+        "bytes_on_disk": (path / ADAPTER_WEIGHTS).stat().st_size,
+        "tensor_bytes": sum(sizes[name] * dtype.itemsize for name, (_, dtype) in headers.items()),
+        "sparsity": sparsity,
+    }
+
+
+_ADAPTER = ".modmoe_"
+
+
+def _describe_adapter(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    described = {"method": method, "num_experts": settings.get("num_experts") or 0}
+    return {**described, "r": settings.get("r"), "top_k": settings.get("top_k")}
+
+
+def _describe_adapted(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the adapters are that a checkpoint holds beside its base model."""
+    config = checkpoint.config
+    paths = [str(path) for path in config.get("adapter_targets") or []]
+    sizes = tensor_parameters(checkpoint)
+    adapter = sum(size for name, size in sizes.items() if _ADAPTER in name)
+    total = sum(sizes.values())
+    return {
+        **_describe_adapter(str(config["adapter_method"]), config.get("adapter_settings") or {}),
+        "targets": sorted({path.rpartition(".")[2] for path in paths}),
+        "parameters": {"adapter": adapter, "base": total - adapter, "total": total},
     }
 
 

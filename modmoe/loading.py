@@ -1,21 +1,55 @@
-"""Models and tokenizers from a checkpoint: dense ones by transformers, tied ones by the classes in this package."""
+"""Models and tokenizers from a checkpoint: dense ones by transformers, tied ones by the classes in this package.
+
+An adapter directory is loaded as its base model with the adapter attached.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modmoe.checkpoint import Checkpoint, read_config, resolve_source
-from modmoe.errors import CheckpointError, RecipeError
+from modmoe.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    adapter_headers,
+    is_adapter,
+    read_adapter_config,
+    read_config,
+    resolve_base,
+    resolve_source,
+)
+from modmoe.errors import CheckpointError, ModmoeError, RecipeError, did_you_mean
 from modmoe.modeling import modeling_modmoe
 
 TIED_PREFIX = "modmoe_"
+ADAPTED_PREFIX = "modmoe_adapters_"
+"""The ``model_type`` of a model that carries its adapters begins with it; such a one is no tied model."""
+PEFT_PREFIX = "MODMOE_"
+"""The ``peft_type`` of a routed adapter begins with it."""
+
+__all__ = [
+    "ADAPTED_PREFIX",
+    "PEFT_PREFIX",
+    "TIED_PREFIX",
+    "DenseClasses",
+    "adapter_method",
+    "dense_classes",
+    "is_adapted",
+    "is_adapter",
+    "is_tied",
+    "is_tied_type",
+    "load",
+    "load_tokenizer",
+    "own_code",
+    "pick_device",
+    "tokenizer_home",
+]
 
 
 def pick_device(device: str) -> torch.device:
@@ -29,7 +63,17 @@ def pick_device(device: str) -> torch.device:
 
 def is_tied(directory: Path) -> bool:
     """Return whether a directory holds a ModularMoE checkpoint."""
-    return str(read_config(directory).get("model_type", "")).startswith(TIED_PREFIX)
+    return is_tied_type(read_config(directory).get("model_type"))
+
+
+def is_tied_type(model_type: Any) -> bool:
+    """Return whether a ``model_type`` is that of a ModularMoE."""
+    return str(model_type).startswith(TIED_PREFIX) and not str(model_type).startswith(ADAPTED_PREFIX)
+
+
+def is_adapted(directory: Path) -> bool:
+    """Return whether a directory holds a base model and its routed adapters in one checkpoint."""
+    return not is_adapter(directory) and str(read_config(directory).get("model_type")).startswith(ADAPTED_PREFIX)
 
 
 def load(
@@ -39,26 +83,32 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "auto",
     revision: str | None = None,
+    trainable: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM, dense or tied, in evaluation mode.
+    """Load a causal LM, dense or tied or with adapters, in evaluation mode.
 
     A tied model is built from this package's classes: the code that lies beside its weights is not executed. Code of
     an architecture of the checkpoint's own is executed with ``trust_remote_code`` only. ``dtype`` None keeps the
-    checkpoint's.
+    checkpoint's. Of an adapter directory comes a PeftModel: the base model in ``dtype``, the adapter in float32;
+    with ``trainable`` the adapter learns.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, unknown, or has own code and is not trusted.
+        CheckpointError: the checkpoint is damaged, unknown, or has own code and is not trusted; the base model of an
+            adapter is not to be had.
+        AdapterError: the adapter does not fit its base model.
         RecipeError: ``device`` is not to be had.
     """
     where = pick_device(device)
     directory = resolve_source(source, revision)
+    if is_adapter(directory):
+        return _load_adapter(directory, trainable, trust_remote_code=trust_remote_code, dtype=dtype, device=where.type)
     Checkpoint(directory)  # damage is told in one line before transformers sees it
     config = read_config(directory)
     _check_code(directory, config, trust_remote_code)
     kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     try:
-        if is_tied(directory):
-            model_type, config_type = _tied_classes(directory, config)
+        if is_tied(directory) or is_adapted(directory):
+            model_type, config_type = _own_classes(directory, config)
             model = model_type.from_pretrained(directory, config=config_type.from_pretrained(directory), **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
@@ -69,13 +119,56 @@ def load(
     return loaded
 
 
+def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTrainedModel:
+    adapter_method(directory)
+    adapter_headers(directory)
+    base = load(resolve_base(directory), **options)
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
+    except ModmoeError:
+        raise
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: peft cannot load it: {reason[:300]}") from error
+    return cast(PreTrainedModel, model.eval())
+
+
+def adapter_method(directory: Path) -> str:
+    """Return the method of an adapter directory; CheckpointError where it is none of METHODS."""
+    from modmoe.adapters.methods import METHODS
+
+    kind = str(read_adapter_config(directory).get("peft_type"))
+    method = kind.removeprefix(PEFT_PREFIX).lower()
+    place = f"{directory / ADAPTER_CONFIG}: peft_type"
+    if not kind.startswith(PEFT_PREFIX):
+        raise CheckpointError(
+            f"{place}: {kind} is no routed adapter; merge it into its base model with peft (merge_and_unload), and "
+            "name what that gives."
+        )
+    if method not in METHODS:
+        raise CheckpointError(f"{place}: this version knows no method '{method}'.{did_you_mean(method, METHODS)}")
+    return method
+
+
+def tokenizer_home(directory: Path) -> Path:
+    """Return where a checkpoint's tokenizer lies: for an adapter without one, beside its base model."""
+    if not is_adapter(directory) or any((directory / name).is_file() for name in _TOKENIZER):
+        return directory
+    return resolve_base(directory)
+
+
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Load the tokenizer that lies beside a checkpoint; CheckpointError where there is none."""
-    directory = resolve_source(source, revision)
-    config = read_config(directory)
+    """Load the tokenizer that lies beside a checkpoint, or the base model's; CheckpointError where there is none."""
+    directory = tokenizer_home(resolve_source(source, revision))
+    config = {} if is_adapter(directory) else read_config(directory)
     if str(config.get("model_type", "")).startswith(TIED_PREFIX) and not own_code(config):
         # transformers asks for the configuration of the type, and warns where it knows none
-        kind = _tied_classes(directory, config)[1]
+        kind = _own_classes(directory, config)[1]
         AutoConfig.register(kind.model_type, kind, exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -86,7 +179,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
 
 def own_code(config: dict[str, Any]) -> dict[str, str]:
     """Return the auto_map of an architecture that transformers does not know, else nothing."""
-    dense = config.get("dense_config") if str(config.get("model_type", "")).startswith(TIED_PREFIX) else config
+    if str(config.get("model_type")).startswith(ADAPTED_PREFIX):
+        return {}  # its code is this package's, over an architecture that transformers knows
+    dense = config.get("dense_config") if is_tied_type(config.get("model_type")) else config
     dense = dense if isinstance(dense, dict) else {}
     auto_map = dense.get("auto_map")
     if dense.get("model_type") in CONFIG_MAPPING or not isinstance(auto_map, dict):
@@ -113,7 +208,8 @@ def _check_code(directory: Path, config: dict[str, Any], trust_remote_code: bool
         raise CheckpointError(f"{directory}: transformers does not know model_type '{model_type}'.")
 
 
-def _tied_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the causal LM's class and its configuration's, of a tied model or of one that carries its adapters."""
     code = own_code(config)
     if code:
         base = get_class_from_dynamic_module(code["AutoModelForCausalLM"], directory)
@@ -122,7 +218,15 @@ def _tied_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not str(names[0]).startswith("ModMoE"):
         raise CheckpointError(f"{directory}/config.json: architectures is {names!r}; it must name one causal LM.")
-    model_type = getattr(modeling_modmoe, str(names[0]))
+    home: Any = modeling_modmoe
+    if str(config.get("model_type")).startswith(ADAPTED_PREFIX):
+        from modmoe.adapters import modeling_modmoe_adapters
+        from modmoe.adapters.methods import METHODS
+
+        home = modeling_modmoe_adapters
+        for method in METHODS.values():
+            home.know(method.adapter, method.settings)
+    model_type = getattr(home, str(names[0]))
     return model_type, model_type.config_class
 
 

@@ -113,13 +113,25 @@ class FinetuneRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecipe:
+    """Which routed adapter is attached, where ``method`` is ``adapters`` or adapters are trained."""
+
+    method: str | None = None
+    """A name in modmoe.adapters.CONFIGS."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's configuration, such as r, num_experts, top_k and target_modules."""
+    budget: int | None = None
+    """Trainable parameters to stay within; the rank (and the experts) that ``settings`` leaves open are solved for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All of one conversion; what is left out has the default."""
 
     source: str | None = None
     """A local directory or a Hub id of the dense checkpoint."""
     method: str = "modular"
-    """A name in modmoe.convert.CONVERTERS."""
+    """modular, or adapters to attach routed adapters to a model that stays as it is."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task name to file; the name becomes the expert's name where experts are tasks."""
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -130,6 +142,8 @@ class Recipe:
     """Which modules make up which expert."""
     router: RouterRecipe = RouterRecipe()
     """How experts are chosen at run time."""
+    adapter: AdapterRecipe = AdapterRecipe()
+    """Which routed adapter is attached."""
     finetune: FinetuneRecipe = FinetuneRecipe()
     """How the model is trained after conversion."""
     family: dict[str, Any] | None = None
@@ -161,6 +175,8 @@ class Recipe:
             positive["assignment.num_experts"] = self.assignment.num_experts
         if self.assignment.modules_per_expert is not None:
             positive["assignment.modules_per_expert"] = self.assignment.modules_per_expert
+        if self.adapter.budget is not None:
+            positive["adapter.budget"] = self.adapter.budget
         if self.finetune.learning_rate is not None:
             positive["finetune.learning_rate"] = self.finetune.learning_rate
         for place, value in positive.items():
@@ -219,7 +235,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         if value is None:
             _check_key(key)
             continue
-        *parents, leaf = key.split(".") if not key.startswith(_OPEN_MAPS) else [key]
+        *parents, leaf = key.split(".") if not key.startswith(("tasks", "family")) else [key]
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -235,7 +251,7 @@ def dump_recipe(recipe: Recipe, extra: Mapping[str, Any] | None = None) -> str:
     return head + yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
 
 
-_OPEN_MAPS = ("tasks", "family")
+_OPEN_MAPS = ("tasks", "family", "adapter.settings")
 
 
 def _check_key(key: str) -> None:

@@ -50,6 +50,7 @@ _CONVERSION = {
     "compensation": "router.compensation",
     "routing_chunk": "router.routing_chunk",
 }
+_ADAPTER = {"adapter": "adapter.method", "adapter_settings": "adapter.settings", "budget": "adapter.budget"}
 _FINETUNING = {
     name: f"finetune.{name}"
     for name in (
@@ -75,8 +76,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 KEYWORDS: dict[str, dict[str, str]] = {
     "analyze": {**_COMMON, **_CALIBRATION},
-    "convert": {**_COMMON, **_CALIBRATION, **_CONVERSION},
-    "finetune": {**_COMMON, **_FINETUNING},
+    "convert": {**_COMMON, **_CALIBRATION, **_CONVERSION, **_ADAPTER},
+    "finetune": {**_COMMON, **_ADAPTER, **_FINETUNING},
 }
 """For each step: a keyword, or a flag with dashes for underscores, and the place in the recipe that it sets."""
 
@@ -119,31 +120,6 @@ def resolve_recipe(
     if isinstance(recipe, Recipe):
         return make_recipe({**_flat(recipe), **overrides}) if overrides else recipe
     return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides)
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Check what a recipe names against the tables of methods, and its numbers against each other.
-
-    Raises RecipeError or PartitionError as a conversion would, before anything is read.
-    """
-    from modmoe.analyze.partition import find_partitioner
-    from modmoe.analyze.score import SCORES
-    from modmoe.convert.assignment import ASSIGNMENTS
-    from modmoe.convert.run import METHODS, check_experts
-    from modmoe.families import family_of
-
-    find_partitioner(recipe.partition.method)
-    for place, name, known in (
-        ("method", recipe.method, METHODS),
-        ("assignment.method", recipe.assignment.method, tuple(ASSIGNMENTS)),
-        ("assignment.score", recipe.assignment.score, tuple(SCORES)),
-    ):
-        if name not in known:
-            raise RecipeError(f"{place}: there is no '{name}'.{did_you_mean(name, known)}")
-    if recipe.family is not None:
-        family_of({}, recipe.family)
-    if recipe.tasks:
-        check_experts(recipe)
 
 
 def analyze(
@@ -195,6 +171,11 @@ def convert(
     will cost.
     """
     resolved = resolve_recipe("convert", source, recipe, keywords)
+    for flag in ("adapter", "budget"):
+        if keywords.get(flag) is not None and resolved.method != "adapters":
+            raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
+    if resolved.method == "adapters":
+        return _attach(resolved, output, keywords, fit_bytes, overwrite, dry_run, revision, progress)
     _need_source_and_tasks("convert", resolved)
     if fit_bytes is not None:
         if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
@@ -213,6 +194,32 @@ def convert(
         revision=revision,
         report=report,
         progress=progress,
+    )
+
+
+def _attach(
+    recipe: Recipe,
+    output: str | Path | None,
+    keywords: Mapping[str, Any],
+    fit_bytes: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    revision: str | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
+    if recipe.source is None:
+        raise RecipeError("convert: no source is given; name a local directory or a Hub id.")
+    if fit_bytes is not None:
+        raise RecipeError("--fit-bytes: adapters are sized by --budget, a number of parameters.")
+    counts = {name: keywords[name] for name in ("num_experts", "top_k") if keywords.get(name) is not None}
+    if counts:
+        settings = {**recipe.adapter.settings, **counts}
+        recipe = dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, settings=settings))
+    from modmoe.convert.adapters import attach_adapters
+
+    return attach_adapters(
+        recipe, _output("convert", output), overwrite=overwrite, dry_run=dry_run, revision=revision, progress=progress
     )
 
 
@@ -262,10 +269,13 @@ def export(
     trust_remote_code: bool = False,
     verify: bool = True,
     revision: str | None = None,
+    approximate: bool = False,
+    tasks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a converted model in a form that is given away. Returns what ``modmoe export --json`` prints.
+    """Write a converted model or an adapter in a form that is given away. Returns what ``modmoe export --json`` prints.
 
     ``form`` is tied, packed, native, dense or adapter; ``expert`` names the one that a dense export keeps.
+    ``approximate`` folds an adapter that depends on the token, its experts' weights held at their means over ``tasks``.
     """
     from modmoe.export.run import export as run
 
@@ -280,6 +290,8 @@ def export(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         verify=verify,
+        approximate=approximate,
+        tasks=dict(tasks or {}),
     )
 
 

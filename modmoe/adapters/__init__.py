@@ -5,6 +5,41 @@ Importing this package makes the methods known to PEFT: ``get_peft_model(model, 
 """
 
 from modmoe.adapters.budget import solve_budget
-from modmoe.adapters.configs import CONFIGS, CoMoLConfig
+from modmoe.adapters.configs import (
+    CONFIGS,
+    AdaMoLEConfig,
+    CoMoLConfig,
+    ExpertLoRAConfig,
+    HydraLoRAConfig,
+    LDMoLEConfig,
+    MixLoRAConfig,
+    MoLoRAConfig,
+    MoSLoRAConfig,
+    PerftDConfig,
+    PerftEConfig,
+    PerftRConfig,
+    PerftSConfig,
+    SoftMoAConfig,
+    SparMoEConfig,
+    SparseMoAConfig,
+)
 
-__all__ = ["CONFIGS", "CoMoLConfig", "solve_budget"]
+__all__ = [
+    "CONFIGS",
+    "AdaMoLEConfig",
+    "CoMoLConfig",
+    "ExpertLoRAConfig",
+    "HydraLoRAConfig",
+    "LDMoLEConfig",
+    "MixLoRAConfig",
+    "MoLoRAConfig",
+    "MoSLoRAConfig",
+    "PerftDConfig",
+    "PerftEConfig",
+    "PerftRConfig",
+    "PerftSConfig",
+    "SoftMoAConfig",
+    "SparMoEConfig",
+    "SparseMoAConfig",
+    "solve_budget",
+]

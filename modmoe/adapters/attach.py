@@ -8,15 +8,15 @@ model keeps its name and its class, and sites of several methods do not see each
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .base import RoutedAdapter, SiteShape
+from .base import RoutedAdapter
 from .passes import Context, Frame, LayerHook, first_tensor
+from .targets import find_base_router, find_targets, layer_number, layer_path, measure
 
 CONTEXT = "routed_context"
 """Attribute of a model with adapters: what they share."""
@@ -50,7 +50,7 @@ class Site(nn.Module):
         kind = self.adapter_class.kind
         if not self.path:
             return  # below the model itself lies only what sites share
-        if kind in ("ffn", "experts"):
+        if kind == "experts":
             # the base computation would be thrown away, so it does not run at all
             self._base_forward = target.forward
             target.forward = self.run_instead
@@ -60,8 +60,9 @@ class Site(nn.Module):
             return
         if kind == "block":
             self._handles.append(target.register_forward_pre_hook(self.before, with_kwargs=True))
-        if self.adapter_class.needs_base_router:
-            self._handles.append(base_router(target, self.path).register_forward_hook(self.routed))
+        router = find_base_router(target) if self.adapter_class.needs_base_router else None
+        if router is not None:
+            self._handles.append(router.register_forward_hook(self.routed))
         self._handles.append(target.register_forward_hook(self.after, with_kwargs=True))
 
     def remove(self, target: nn.Module) -> None:
@@ -69,12 +70,24 @@ class Site(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self.path and self.adapter_class.kind in ("ffn", "experts"):
+        if self.path and self.adapter_class.kind == "experts":
             del target.forward
 
     def frame(self) -> Frame:
         """Return the frame of the decoder layer that this site lies in."""
-        return self.context.frame(self.layer)
+        frame = self.context.frame(self.layer)
+        if (self.training or torch.is_grad_enabled()) and self.trains_router():
+            frame.run.trained.add(self.path)
+        return frame
+
+    def trains_router(self) -> bool:
+        """Return whether a gradient is asked for by a router of an active adapter."""
+        return any(
+            weight.requires_grad
+            for adapter in self.active()
+            for name, weight in adapter.named_parameters(recurse=False)
+            if "router" in name
+        )
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the block's input as it is before the block runs: Mixtral multiplies it in place by jitter."""
@@ -242,146 +255,3 @@ def context_of(model: nn.Module, path: str | None = None) -> Context:
             child.register_forward_pre_hook(hook.enter_child, with_kwargs=True) for child in module.children()
         ]
     return cast(Context, context)
-
-
-_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
-
-
-def layer_path(path: str) -> str | None:
-    """Return the decoder layer that a path lies in: all up to its first number."""
-    found = _LAYER.match(path)
-    return found.group(1) if found else None
-
-
-def layer_number(path: str) -> int | None:
-    """Return the number of the decoder layer that a path lies in, or None."""
-    layer = layer_path(path)
-    return None if layer is None else int(layer.rpartition(".")[2])
-
-
-def find_targets(
-    model: nn.Module,
-    adapter_class: type[RoutedAdapter],
-    targets: str | Iterable[str] | None = None,
-    layers: Sequence[int] | int | None = None,
-) -> list[str]:
-    """Return the paths of the layers that ``targets`` names, in the model's order.
-
-    Raises:
-        ValueError: a name matches nothing, or something that this kind of adapter cannot be attached to; the message
-            names what there is.
-    """
-    wanted_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
-    fitting = [path for path, module in _modules(model) if fits(module, path, adapter_class)]
-    if wanted_layers is not None:
-        fitting = [path for path in fitting if layer_number(path) in wanted_layers]
-    chosen = adapter_class.targets if targets is None else targets
-    if isinstance(chosen, str):
-        matched = [path for path in fitting if re.fullmatch(chosen, path)]
-        lacking = [] if matched else [chosen]
-    else:
-        names = list(chosen)
-        is_default = targets is None
-        matched = [path for path in fitting if not names or any(_ends(path, name) for name in names)]
-        lacking = [name for name in names if not any(_ends(path, name) for path in fitting)]
-        if is_default and matched:
-            lacking = []
-    if lacking or not matched:
-        there = sorted({path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else path for path in fitting})
-        asked = ", ".join(map(repr, lacking)) or "anything"
-        raise ValueError(
-            f"target_modules: {asked} names no layer that {adapter_class.method} can be attached to; "
-            + (f"there are {', '.join(there)}." if there else f"this model has none of its kind, {adapter_class.kind}.")
-        )
-    return matched
-
-
-def fits(module: nn.Module, path: str, adapter_class: type[RoutedAdapter]) -> bool:
-    """Return whether this kind of adapter can be attached to a layer."""
-    kind, leaf = adapter_class.kind, path.rpartition(".")[2]
-    if kind == "linear":
-        return linear_sizes(module) is not None and layer_path(path) is not None
-    if kind == "output":
-        return layer_path(path) is not None and (linear_sizes(module) is not None or is_block(module, leaf))
-    if kind == "block":
-        has_router = find_base_router(module) is not None
-        return is_block(module, leaf) and (has_router or not adapter_class.needs_base_router)
-    if kind == "ffn":
-        return is_block(module, leaf) and all(hasattr(module, f"{part}_proj") for part in ("gate", "up", "down"))
-    if kind == "experts":
-        return isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-    return path == layer_path(path) and hasattr(module, "self_attn")
-
-
-def is_block(module: nn.Module, leaf: str) -> bool:
-    """Return whether a submodule is the FFN or the MoE block of a decoder layer."""
-    return leaf in ("mlp", "block_sparse_moe", "feed_forward", "ffn") and not isinstance(module, nn.Linear)
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return input and output width of a linear layer, quantized or GPT-2's; None for anything else."""
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return int(cast(Any, module).nx), int(cast(Any, module).nf)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return None if None in sizes else (int(sizes[0]), int(sizes[1]))  # type: ignore[arg-type]
-
-
-def find_base_router(block: nn.Module) -> nn.Module | None:
-    """Return the router of an MoE block of transformers 5, or None in a dense one."""
-    for child in block.children():
-        if type(child).__name__.endswith("Router") and isinstance(getattr(child, "weight", None), Tensor):
-            return child
-    return None
-
-
-def base_router(block: nn.Module, path: str) -> nn.Module:
-    """Return the router of an MoE block; ValueError where there is none."""
-    found = find_base_router(block)
-    if found is None:
-        raise ValueError(f"{path}: has no router of a known form to reuse; is it a dense FFN?")
-    return found
-
-
-def measure(model: nn.Module, target: nn.Module, path: str, adapter_class: type[RoutedAdapter]) -> SiteShape:
-    """Return the sizes of a layer; works on the meta device."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = int(getattr(config, "hidden_size", 0))
-    sizes = linear_sizes(target)
-    inputs, outputs = sizes if sizes is not None else (width, width)
-    if adapter_class.kind == "output":
-        inputs = outputs
-    router = find_base_router(target)
-    experts = 0 if router is None else int(cast(Tensor, router.weight).shape[0])
-    parts: dict[str, tuple[int, int]] = {}
-    if adapter_class.kind in ("ffn", "layer"):
-        for inner, module in target.named_modules():
-            inner_sizes = linear_sizes(module)
-            if inner_sizes is not None and "routed_" not in inner:
-                parts[inner] = inner_sizes
-    if adapter_class.kind == "experts":
-        gate_up, down = cast(Tensor, target.gate_up_proj), cast(Tensor, target.down_proj)
-        experts = gate_up.shape[0]
-        sizes_of = [tuple(weight.shape[1:]) for weight in (gate_up, down)]
-        swap = bool(getattr(target, "is_transposed", False))
-        flat = [(a, b) if swap else (b, a) for a, b in sizes_of]
-        parts = {"gate_up_proj": flat[0], "down_proj": flat[1]}
-        inputs, outputs = flat[0][0], flat[1][1]
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    return SiteShape(
-        inputs=inputs,
-        outputs=outputs,
-        num_experts=experts,
-        parts=parts,
-        num_heads=heads,
-        head_dim=int(getattr(config, "head_dim", None) or (width // heads if heads else 0)),
-        init_range=float(getattr(config, "initializer_range", 0.02) or 0.02),
-    )
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, module) for path, module in model.named_modules() if path and "routed_" not in path]
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from .passes import Frame
 
-Kind = Literal["linear", "block", "output", "ffn", "experts", "layer"]
+Kind = Literal["linear", "block", "output", "experts", "layer"]
 """Where an adapter is attached.
 
 linear   a linear layer: its output grows by delta(input)
 block    an FFN or MoE block: its output grows by delta(input), the input as it was before the block changed it
 output   any layer: its output grows by delta(output)
-ffn      a dense FFN: ``mix`` computes the output in its place
 experts  the fused experts of an MoE block: ``mix`` computes their output in their place
 layer    a decoder layer: the adapter reaches into its attention and its FFN
 """
@@ -36,8 +35,15 @@ class SiteShape:
     """Output width, O."""
     num_experts: int = 0
     """Experts of the base model's MoE block; 0 where it is dense."""
+    base_top_k: int = 0
+    """Experts that its router chooses for a token; 0 where it is dense."""
+    renormalises: bool = True
+    """Whether its router divides the chosen probabilities by their sum; True where it is dense."""
+    expert_form: str = ""
+    """How the fused experts differ from [E, 2 I, D] and [E, D, I] without bias, in words; empty where they do not."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Input and output width of the linear layers inside, by path from the site, where the kind needs them."""
+    """Input and output width of the linear layers inside, by path from the site, where the kind needs them; with the
+    FFN or MoE block itself for the kind ``layer``."""
     num_heads: int = 0
     """Query heads of the decoder layer's attention, for the kind ``layer``."""
     head_dim: int = 0
@@ -60,8 +66,8 @@ class RoutedAdapter(nn.Module):
     targets: ClassVar[tuple[str, ...]] = ()
     """Names of the layers it is attached to by default, of those that the model has; empty: as the kind finds them."""
     fold: ClassVar[Fold] = "none"
-    needs_base_router: ClassVar[bool] = False
-    """Whether it reuses the routing of the base model's MoE block."""
+    needs_base_router: ClassVar[bool | Literal["maybe"]] = False
+    """Whether it reuses the routing of the base model's MoE block; maybe: where its settings say so."""
 
     def __init__(self, settings: Any, shape: SiteShape, site: str = "") -> None:
         """Make the parameters for a layer of ``shape`` and initialise them.

@@ -11,7 +11,7 @@ from modmoe.adapters.configs import CONFIGS
 from modmoe.adapters.peft import RoutedConfig
 from modmoe.errors import AdapterError, did_you_mean
 
-_NEAR = 0.05
+_NEAR = 0.1
 _MOST = 1 << 16
 
 
@@ -26,7 +26,7 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     """Return the method's configuration that adds at most ``parameters`` to ``model``, and nearly as many.
 
     The rank is solved first, with the number of experts as the method has it (or as given); where that leaves more
-    than a twentieth unused, or even rank 1 is too much, the number of experts is solved too. The scale lora_alpha / r
+    than a tenth unused, or even rank 1 is too much, the number of experts is solved too. The scale lora_alpha / r
     stays.
 
     Args:

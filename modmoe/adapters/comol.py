@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .base import Fold, RoutedAdapter, SiteShape
 from .losses import Route
 from .passes import Frame
-from .routing import dropped, kaiming_, router_logits
+from .routing import down_and_logits, dropped, kaiming_, mix_up, router_logits
 
 
 @dataclass(kw_only=True)
@@ -75,9 +75,12 @@ class CoMoL(RoutedAdapter):
 
     def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
         """Return alpha / R  B (sum_e p_e C_e) A x."""
-        share = self.settings.lora_dropout
-        z_TS = F.linear(dropped(x_TD, share, self.training), self.down_RD)
-        logits_TE = router_logits(z_TS if self.settings.core_routing else x_TD, self.router_EX)
+        dropout = self.settings.lora_dropout if self.training else 0.0
+        if self.settings.core_routing:
+            z_TS = F.linear(dropped(x_TD, dropout, True), self.down_RD)
+            logits_TE = router_logits(z_TS, self.router_EX)
+        else:
+            z_TS, logits_TE = down_and_logits(x_TD, self.down_RD, self.router_EX, dropout)
         probs_TE = logits_TE.softmax(-1)
         frame.record(
             Route(
@@ -88,12 +91,15 @@ class CoMoL(RoutedAdapter):
                 logits_TE=logits_TE,
             )
         )
-        # core by core: a mixed core for each token would be T R R numbers
         experts, rank, _ = self.cores_ERS.shape
-        mixed_TER = F.linear(z_TS, self.cores_ERS.flatten(0, 1)).view(-1, experts, rank)
-        y_TR = (mixed_TER * probs_TE.to(mixed_TER.dtype).unsqueeze(-1)).sum(1)
-        scale: float = self.settings.lora_alpha / rank
-        return scale * F.linear(dropped(y_TR, share, self.training), self.up_OR)
+        scaled_TE = self.settings.lora_alpha / rank * probs_TE
+        if dropout:
+            # it falls on each token's own core, which so has to be made: T R R numbers
+            core_TRS = F.dropout(scaled_TE.to(z_TS.dtype) @ self.cores_ERS.flatten(1), dropout).view(-1, rank, rank)
+            y_TR = F.dropout(torch.bmm(core_TRS, z_TS.unsqueeze(-1)).squeeze(-1), dropout)
+        else:
+            y_TR = mix_up(z_TS.repeat(1, experts), self.cores_ERS.transpose(0, 1), scaled_TE)
+        return F.linear(y_TR, self.up_OR)
 
     @property
     def fold_kind(self) -> Fold:

@@ -45,7 +45,7 @@ def same_base(first: str, second: str) -> bool:
 def _sample(weight: Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
     step = max(1, flat.numel() // _SAMPLES)
-    return bytes(flat[::step][:_SAMPLES].to(torch.bfloat16).cpu().view(torch.uint8).numpy())
+    return bytes(flat[::step][:_SAMPLES].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ importance   the squared coefficient of variation of the experts' summed weights
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,25 @@ class Route:
     """Factor of each loss, by name in ``LOSSES``; 0 or absent is off."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Losses of the method's own, already multiplied by their factors; one number a token, [T], or one in all."""
+
+    lost: bool = False
+    """Whether it was made without gradient; set by the pass."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a factor is not 0."""
+        return bool(self.extra) or any(self.loss_weights.values())
+
+    def detached(self) -> Route:
+        """Return the route without gradient."""
+        return replace(
+            self,
+            probs_TE=self.probs_TE.detach(),
+            weights_TE=self.weights_TE.detach(),
+            chosen_TE=self.chosen_TE.detach(),
+            logits_TE=None if self.logits_TE is None else self.logits_TE.detach(),
+            extra={name: value.detach() for name, value in self.extra.items()},
+        )
 
     @property
     def learns(self) -> bool:

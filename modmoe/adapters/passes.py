@@ -38,7 +38,9 @@ class Pass:
     memory: dict[Any, Any] | None = None
     """What lives as long as the cache, by layer."""
     routes: list[Route] = field(default_factory=list)
-    """What the routers of this pass decided, in order."""
+    """What the routers of this pass decided, in order; without gradient once the pass is over."""
+    trained: set[str] = field(default_factory=set)
+    """Sites whose routers are trained."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Frame:
     def record(self, route: Route) -> None:
         """Keep a route for losses and reports; once, however often the layer runs."""
         if not self.is_replay:
+            route.lost = not torch.is_grad_enabled()
             self.run.routes.append(route)
 
     def input(self) -> Tensor:
@@ -96,6 +99,7 @@ class Context:
         self._parameters: list[str] = []
         self._answer_BT: Tensor | None = None
         self._frames: dict[int, Frame] = {}
+        self._last: Frame | None = None
         self._kept: dict[int, list[tuple[Any, Frame]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
@@ -150,7 +154,9 @@ class Context:
     def enter_layer(self, layer: int, x_BTD: Tensor, *, keep: bool) -> None:
         """Begin a layer's frame; ``keep`` it for a second run in the backward pass."""
         frame = Frame(layer, self.run, weakref.ref(x_BTD))
-        self._frames[layer] = frame
+        for _, old in self._kept.get(layer, []):
+            old.values = {}  # of its second run; they can hold the very tensor that tells whether it still lives
+        self._begin(layer, frame)
         kept = [(ref, old) for ref, old in self._kept.get(layer, []) if ref() is not None]
         self._kept[layer] = [*kept, (frame.entered, frame)] if keep else kept
 
@@ -163,15 +169,27 @@ class Context:
             # checkpointing of the older kind runs on a detached tensor of the same memory
             if first is not None and (first is x_BTD or first.data_ptr() == x_BTD.data_ptr()):
                 frame.values, frame.is_replay, frame.entered = {}, True, weakref.ref(x_BTD)
-                self._frames[layer] = frame
+                self._begin(layer, frame)
                 return
+
+    def _begin(self, layer: int, frame: Frame) -> None:
+        if self._last is not None and self._last is not frame:
+            self._last.values = {}  # they may hold a graph
+        self._frames[layer] = self._last = frame
 
     def end_pass(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hang the routers' losses on the backbone's output, so that whatever trains it minimises them too."""
-        self.loss = None
-        if not torch.is_grad_enabled() or not any(route.learns for route in self.run.routes):
-            return output
-        loss = total_loss(self.run.routes, self.counted(), scope=self.loss_scope)
+        self.loss, loss = None, None
+        if torch.is_grad_enabled():
+            trained = [route for route in self.run.routes if route.site in self.run.trained]
+            if any(route.has_loss and route.lost for route in trained):
+                raise ValueError(
+                    "gradient checkpointing: a router's loss has no gradient with use_reentrant=True; pass "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            loss = total_loss(trained, self.counted(), scope=self.loss_scope)
+        # they would keep the graph, and with it what entered the layers, until the next pass
+        self.run.routes = [route.detached() for route in self.run.routes]
         if loss is None:
             return output
         self.loss = loss.detach()

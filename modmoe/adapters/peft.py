@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from peft import PeftConfig
@@ -19,11 +19,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from modmoe.adapters.attach import Site, add_adapter, attach_site, detach, find_targets, measure
+from modmoe.adapters.attach import Site, add_adapter, attach_site, detach
 from modmoe.adapters.base import RoutedAdapter
 from modmoe.adapters.fingerprint import fingerprint, same_base
 from modmoe.adapters.methods import METHODS, Method
-from modmoe.errors import AdapterError
+from modmoe.adapters.targets import find_targets, measure
+from modmoe.errors import AdapterError, did_you_mean
 
 LAYOUT = "modmoe-adapters-1"
 """How the tensors of an adapter file are laid out; names end in their shapes."""
@@ -60,7 +61,9 @@ class RoutedConfig(PeftConfig):
     def settings(self) -> Any:
         """Return the method's settings alone."""
         kind = METHODS[self.method].settings
-        return kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+        # a file has lists only
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def num_parameters(self, model: nn.Module) -> int:
         """Return the parameters that this adapter would add to ``model``, without building anything.
@@ -101,12 +104,34 @@ class RoutedLayer(Site, BaseTunerLayer):
         self.adapter_layer_names = (self.container,)
         # plain values of this layer; PEFT's are of the class
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
+        self.unproved: set[str] = set()
 
     def active(self) -> list[RoutedAdapter]:
-        """Return the adapters that PEFT has switched on."""
+        """Return the adapters that PEFT has switched on; AdapterError where a file has not filled them."""
         if self.disable_adapters:
             return []
+        if self.unproved:
+            self.prove()
         return [cast(RoutedAdapter, self.adapters[name]) for name in self.active_adapters if name in self.adapters]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, which what loads an adapter does last; AdapterError as ``active``."""
+        if self.unproved:
+            self.prove()
+        return super().train(mode)
+
+    def prove(self) -> None:
+        """Raise AdapterError where an adapter that was to be loaded has values that are not finite."""
+        for adapter_name in sorted(self.unproved & set(self.adapters)):
+            adapter = cast(RoutedAdapter, self.adapters[adapter_name])
+            for module in (adapter, *adapter.shared):
+                for name, weight in module.named_parameters():
+                    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                        raise AdapterError(
+                            f"adapter '{adapter_name}': {name} of {self.path} has values that are not finite; the "
+                            "file lacks it or is damaged (or was never loaded: use PeftModel.from_pretrained)."
+                        )
+        self.unproved.clear()
 
     def get_base_layer(self) -> nn.Module:
         """Return this site: the layer that it serves is its parent."""
@@ -132,9 +157,20 @@ class RoutedTuner(BaseTuner):
     tuner_layer_cls = RoutedLayer
     method: ClassVar[Method]
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter, the first one or a further one; AdapterError before anything is changed."""
+        try:
+            self._check(model, adapter_name)
+        except AdapterError:
+            del self.peft_config[adapter_name]
+            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check(self, model: nn.Module, adapter_name: str) -> None:
         # a copy, since what is filled in belongs to this model
-        config = self.peft_config[adapter_name] = copy.copy(config)
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        config._from_file = getattr(config, "base_fingerprint", None) is not None
+        self.peft_config[adapter_name] = config
         if not isinstance(config, RoutedConfig) or METHODS[config.method] is not self.method:
             raise AdapterError(f"peft_type: {config.peft_type} cannot be added beside {self.prefix}; load it alone.")
         if config.layout != LAYOUT:
@@ -175,13 +211,15 @@ class RoutedTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        site = attach_site(self.model, current_key, self.method.adapter, RoutedLayer)
+        site = cast(RoutedLayer, attach_site(self.model, current_key, self.method.adapter, RoutedLayer))
         try:
             adapter = add_adapter(site, self.model, current_key, peft_config.settings(), adapter_name)
         except ValueError as error:
             raise AdapterError(str(error)) from None
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
+        if peft_config._from_file and peft_config.inference_mode:
+            mark_unfilled(adapter, site, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -195,27 +233,35 @@ class RoutedTuner(BaseTuner):
         check_tensors(model, cls.prefix, adapter_name, found)
         return found
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Fold the active adapters into the base model's weights and return it; AdapterError where it is not exact."""
-        for layer in _layers(self.model):
-            for adapter in layer.active():
-                if adapter.fold_kind != "exact":
-                    raise AdapterError(
-                        f"{adapter.method}: depends on the token, so it cannot be merged into the weights exactly; "
-                        "export it as it is (form tied), or keep the adapter."
-                    )
-        for layer in list(_layers(self.model)):
-            target = self.model.get_submodule(layer.path)
-            for adapter in layer.active():
-                fold_into(adapter, target)
-        return self.unload()
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold the named adapters, or the active ones, into the base model's weights and return it.
+
+        Raises:
+            AdapterError: one does not fold exactly, has values that are not finite, or lies on a quantized layer.
+        """
+        names = list(self.active_adapters) if adapter_names is None else adapter_names
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(f"adapter_names: no adapter '{name}'.{did_you_mean(name, self.peft_config)}")
+        pairs = [
+            (cast(RoutedAdapter, layer.adapters[name]), self.model.get_submodule(layer.path))
+            for layer in _layers(self.model)
+            for name in names
+            if name in layer.adapters
+        ]
+        for adapter, target in pairs:
+            check_foldable(adapter, target)
+        for adapter, target in pairs:
+            fold_into(adapter, target)
+        detach(self.model)
+        return cast(nn.Module, self._unload_and_optionally_merge(merge=True, adapter_names=adapter_names))
 
     def unload(self) -> nn.Module:
         """Return the base model without any adapter."""
         detach(self.model)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        return cast(nn.Module, self.model)
+        return super().unload()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a router has to see every token."""
@@ -230,6 +276,24 @@ class RoutedTuner(BaseTuner):
             f"add_weighted_adapter: {self.prefix} adapters have routers, and the sum of two routers is neither; "
             "train one adapter on all tasks, or put LoRAs together with modmoe.adapters.corespace.stack_loras."
         )
+
+
+def check_foldable(adapter: RoutedAdapter, target: nn.Module) -> None:
+    """Raise AdapterError where an adapter's change cannot be added to the layer's weights exactly."""
+    if adapter.fold_kind != "exact":
+        raise AdapterError(
+            f"{adapter.method}: depends on the token, so it cannot be merged into the weights exactly; "
+            "export it as it is (form tied), or keep the adapter."
+        )
+    for name, weight in adapter.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise AdapterError(f"{adapter.method} at {adapter.site}: {name} has values that are not finite.")
+    for name, weight in target.named_parameters(recurse=False):
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise AdapterError(
+                f"{adapter.method} at {adapter.site}: {name} is quantized ({weight.dtype}), so nothing can be merged "
+                "into it; load the base model in bfloat16 or float32."
+            )
 
 
 def fold_into(adapter: RoutedAdapter, target: nn.Module, weights_E: Tensor | None = None) -> None:
@@ -248,6 +312,18 @@ def fold_into(adapter: RoutedAdapter, target: nn.Module, weights_E: Tensor | Non
         weight.copy_(weight.float() + change.to(weight.device))
 
 
+def mark_unfilled(adapter: RoutedAdapter, site: RoutedLayer, adapter_name: str) -> None:
+    """Take the values from an adapter that a file is to fill, so that a tensor that the file lacks is found.
+
+    ``model.load_adapter`` of transformers only logs what is missing, and an adapter at its start changes nothing.
+    """
+    with torch.no_grad():
+        for module in (adapter, *adapter.shared):
+            for weight in module.parameters():
+                weight.fill_(torch.nan)
+    site.unproved.add(adapter_name)
+
+
 def check_tensors(model: nn.Module, prefix: str, adapter_name: str, found: dict[str, Tensor]) -> None:
     """Raise AdapterError where an adapter's tensors lack one, have one too many, or are of the wrong shape or NaN."""
     mark = f".{prefix}.{adapter_name}."
@@ -258,8 +334,9 @@ def check_tensors(model: nn.Module, prefix: str, adapter_name: str, found: dict[
             f"adapter '{adapter_name}': lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}; "
             "the file is incomplete, or was made with other target_modules."
         )
+    known = model.state_dict().keys()
     for key, value in found.items():
-        if f".{prefix}." in key and key not in wanted:
+        if key not in known and key.removeprefix("base_model.model.") not in known:
             raise AdapterError(f"adapter '{adapter_name}': has {key}, which this adapter does not; was it renamed?")
         if key in wanted and value.shape != wanted[key].shape:
             raise AdapterError(
@@ -276,7 +353,7 @@ def _layers(model: nn.Module) -> Iterator[RoutedLayer]:
             yield module
 
 
-def _register(name: str, config: type[RoutedConfig]) -> None:
+def register(name: str, config: type[RoutedConfig]) -> None:
     """Make a method known to PEFT, whose table of types is a closed enumeration."""
     method, label = METHODS[name], f"modmoe_{name}"
     value = label.upper()

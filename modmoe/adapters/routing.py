@@ -1,10 +1,14 @@
-"""From a router's logits to the experts' weights: what several methods share, as functions. All compute in float32."""
+"""From a router's logits to the experts' weights and outputs: what several methods share, as functions.
 
-# Shapes: T tokens, E experts, D input width, R rank, O output width
+Routers compute in float32 whatever the experts compute in (in float64 where everything is).
+"""
+
+# Shapes: T tokens, E experts, D input width, R rank, X = E R (the experts' ranks in a row), O output width
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +19,50 @@ from .passes import Frame
 
 def router_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     """Return logits_TE of a linear router, in float32 also under autocast."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.float(), router_ED.float())
+        if x_TD.dtype != dtype and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
+            # a whole copy of x in float32 costs more than the product: 128 tokens at a time stay in the cache
+            rows_ED = router_ED.to(dtype)
+            parts = [rows_ED @ part_TD.to(dtype).t() for part_TD in torch.split(x_TD, 128)]
+            return torch.cat(parts, dim=1).t().contiguous()
+        return F.linear(x_TD.to(dtype), router_ED.to(dtype))
+
+
+def down_and_logits(x_TD: Tensor, down_XD: Tensor, router_ED: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return down x, [T, X], and the logits of a router of the same input, [T, E]; dropout is not for the router.
+
+    In training the router's rows join the product, so that x is read once and gets one gradient. Where that product is
+    in half precision, the logits' value still is the float32 one, and only their gradient goes through the product.
+    """
+    if dropout or not torch.is_grad_enabled():
+        return F.linear(dropped(x_TD, dropout, True), down_XD), router_logits(x_TD, router_ED)
+    width, end = down_XD.shape[0], down_XD.shape[0] + router_ED.shape[0]
+    rows = [down_XD, router_ED]
+    is_half = x_TD.dtype.itemsize == 2 or torch.is_autocast_enabled(x_TD.device.type)
+    if is_half and end % 16:
+        # a width of 136 is up to 1.6 times slower than 144 in bfloat16; in float32 zeros would only cost
+        rows.append(down_XD.new_zeros(-end % 16, down_XD.shape[1]))
+    joined_TY = F.linear(x_TD, torch.cat(rows))
+    z_TX, logits_TE = joined_TY[:, :width], joined_TY[:, width:end]
+    if is_half:
+        with torch.no_grad():
+            exact_TE = router_logits(x_TD, router_ED)
+        logits_TE = _Valued.apply(logits_TE, exact_TE)  # type: ignore[no-untyped-call]
+    return z_TX, logits_TE
+
+
+class _Valued(torch.autograd.Function):
+    """Has the value of the second tensor and the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, rough: Tensor, exact: Tensor) -> Tensor:
+        ctx.dtype = rough.dtype
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def top_k_mask(probs_TE: Tensor, top_k: int, frame: Frame, key: str) -> Tensor:
@@ -41,10 +87,21 @@ def mix_lora(x_TD: Tensor, down_ERD: Tensor, up_OER: Tensor, weights_TE: Tensor)
     All experts' A are one matrix and all B another, weighted in between at rank width: two products instead of 2 E,
     also where most weights are zero, since gathering tokens costs more than the arithmetic it saves at these ranks.
     """
-    experts, rank, _ = down_ERD.shape
-    z_TER = F.linear(x_TD, down_ERD.flatten(0, 1)).view(-1, experts, rank)
-    weighted_TER = z_TER * weights_TE.to(z_TER.dtype).unsqueeze(-1)
-    return F.linear(weighted_TER.flatten(1), up_OER.flatten(1))
+    return mix_up(F.linear(x_TD, down_ERD.flatten(0, 1)), up_OER, weights_TE)
+
+
+def mix_up(z_TX: Tensor, up_OER: Tensor, weights_TE: Tensor) -> Tensor:
+    """Return sum_e weights_e up_e z_e, [T, O]: the half of ``mix_lora`` behind the down projections."""
+    # spread to full width first: a product that broadcasts over so short a last axis is several times slower
+    weights_TX = weights_TE.to(z_TX.dtype).repeat_interleave(up_OER.shape[-1], dim=1)
+    return F.linear(z_TX * weights_TX, up_OER.flatten(1))
+
+
+def mixed_weight(down_ERD: Tensor, up_OER: Tensor, weights_E: Tensor | None) -> Tensor:
+    """Return sum_e weights_e up_e down_e, [O, D]; None for weights of 1."""
+    if weights_E is not None:
+        up_OER = up_OER * weights_E.unsqueeze(-1)
+    return up_OER.flatten(1) @ down_ERD.flatten(0, 1)
 
 
 def kaiming_(weight: Tensor) -> None:
@@ -56,3 +113,13 @@ def kaiming_(weight: Tensor) -> None:
 def dropped(x: Tensor, share: float, training: bool) -> Tensor:
     """Return x with dropout, or x itself where there is none."""
     return F.dropout(x, share, training) if share and training else x
+
+
+def by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Return the order that puts the K T choices in rows by expert, and how many rows each expert has.
+
+    Choice c of the order is rank c // T of token c % T: within an expert ranks come first and then tokens, as in
+    transformers' loop. Ids of ``num_experts``, which mark choices of another device, come last and are not counted.
+    """
+    ids_S = ids_TK.T.reshape(-1)
+    return ids_S.argsort(stable=True), torch.bincount(ids_S, minlength=num_experts + 1)[:num_experts].tolist()

@@ -21,7 +21,7 @@ from modmoe.checkpoint import Checkpoint, resolve_source, write_json
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.families import Family, family_of, layers_of, neurons_of
 from modmoe.ffn import FFNWeights, read_ffn
-from modmoe.loading import TIED_PREFIX, DenseClasses, dense_classes, load, load_tokenizer
+from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load, load_tokenizer
 from modmoe.recipe import Recipe, dump_recipe
 from modmoe.staging import check_output, open_output
 
@@ -74,7 +74,7 @@ def open_source(recipe: Recipe, revision: str | None = None) -> Source:
     find_partitioner(recipe.partition.method)
     directory = resolve_source(recipe.source, revision)
     checkpoint = Checkpoint(directory)
-    if str(checkpoint.config.get("model_type", "")).startswith(TIED_PREFIX):
+    if is_tied_type(checkpoint.config.get("model_type")):
         raise CheckpointError(f"{directory}: is a ModularMoE checkpoint already; name the dense one.")
     family = family_of(checkpoint.config, recipe.family, str(directory / "config.json"))
     classes = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)

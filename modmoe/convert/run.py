@@ -37,7 +37,7 @@ from modmoe.loading import load
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output, open_output
 
-METHODS = ("modular",)
+METHODS = ("modular", "adapters")
 # above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
 _FLOAT64_PARAMETERS = 200_000_000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _body(directory: Path, result: dict[str, Any], tied: dict[str, Any], base: s
             f"Name the expert before use: `model.set_expert({_literal(config.get('default_expert') or experts[0])})`."
         ]
         lines += [""]
-    return lines + _table(directory, result, tied, experts) + _proof(result)
+    return lines + _table(directory, result, tied, experts) + proof_lines(result)
 
 
 def _table(directory: Path, result: dict[str, Any], tied: dict[str, Any], experts: list[str]) -> list[str]:
@@ -82,12 +83,14 @@ def _table(directory: Path, result: dict[str, Any], tied: dict[str, Any], expert
     return ["## What it is", "", "| | |", "|---|---|", *(f"| {key} | {escape(value)} |" for key, value in rows), ""]
 
 
-def _proof(result: dict[str, Any]) -> list[str]:
+def proof_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return what was proved when the export was written, in one sentence."""
     verified = result["verified"]
     if verified is None:
         return ["The export was not checked by reloading."]
+    tool = "transformers alone" if verified["reloaded_without_modmoe"] else "peft"
     return [
-        "Checked when it was written: reloaded with transformers alone, its logits differ from the source's by at most "
+        f"Checked when it was written: reloaded with {tool}, its logits differ from the source's by at most "
         f"{verified['max_abs_logit_diff']:.2g}."
     ]
 

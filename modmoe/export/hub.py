@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from modmoe.checkpoint import MANIFEST, Checkpoint, tensor_sha256
+from modmoe.checkpoint import MANIFEST, Checkpoint, adapter_headers, is_adapter, tensor_sha256
 from modmoe.errors import CheckpointError, ExportError
 
 _SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".model", ".jinja", ".yaml"}
@@ -41,7 +41,7 @@ def push(
     """Upload a checkpoint to ``repo`` on the Hub, which is made if it is not there; the directory is left unchanged.
 
     Args:
-        directory: a whole checkpoint; what trainers and editors leave beside it is not uploaded.
+        directory: a whole checkpoint or adapter; what trainers and editors leave beside it is not uploaded.
         repo: ``OWNER/NAME``.
         private: make a new repository private.
         revision: the branch; made if it is not there.
@@ -142,6 +142,9 @@ def _check_whole(path: Path) -> None:
     if not path.is_dir():
         raise ExportError(f"{path}: no such directory.")
     try:
+        if is_adapter(path):
+            adapter_headers(path)
+            return
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
         raise ExportError(str(error)) from error

@@ -1,7 +1,8 @@
 """Load an export with plain transformers and write what it computes; run as a script in a process of its own.
 
 ``python reload.py JOB`` reads a JSON job (see ``modmoe.export.verify``) and imports torch, transformers and nothing of
-modmoe: an import of it fails, as it does for whoever downloads the export.
+modmoe: an import of it fails, as it does for whoever downloads the export. Only for a job that names a base model is
+the export an adapter, which is loaded as its users do, with peft and ``import modmoe.adapters``.
 """
 
 # Shapes: B batch, T tokens, G tokens generated, V vocabulary
@@ -51,19 +52,33 @@ def compute(model: Any, ids_BT: Tensor, new_tokens: int, dtypes: Sequence[torch.
     return computed
 
 
+def load_with_peft(job: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Return the job's adapter on its base model, as PEFT loads it."""
+    from peft import PeftModel
+
+    import modmoe.adapters  # noqa: F401 (makes the methods known to peft)
+    from modmoe.loading import load  # a base model may be a tied one, for which there is no class in transformers
+
+    base = load(job["base"], dtype=dtype, device="cpu", trust_remote_code=job["options"]["trust_remote_code"])
+    return PeftModel.from_pretrained(base, job["directory"], torch_device="cpu")
+
+
 def main(job_file: str) -> None:
     """Run the job; keep logits and tokens of each dtype in one safetensors file."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    sys.meta_path.insert(0, _NoModmoe())
     dtypes = [getattr(torch, name) for name in job["dtypes"]]
-    model: Any = AutoModelForCausalLM.from_pretrained(job["directory"], dtype=dtypes[0], **job["options"])
+    if job["base"] is None:
+        sys.meta_path.insert(0, _NoModmoe())
+        model: Any = AutoModelForCausalLM.from_pretrained(job["directory"], dtype=dtypes[0], **job["options"])
+    else:
+        model = load_with_peft(job, dtypes[0])
     if job["expert"] is not None:
         model.set_expert(job["expert"])
     made: dict[str, Tensor] = {}
     computed = compute(model, torch.tensor(job["input_ids"]), job["new_tokens"], dtypes)
     for name, (logits_BTV, tokens_BG) in zip(job["dtypes"], computed, strict=True):
         made[f"{name}.logits"], made[f"{name}.tokens"] = logits_BTV.contiguous(), tokens_BG.contiguous()
-    assert not any(name.partition(".")[0] == "modmoe" for name in sys.modules)
+    assert job["base"] is not None or not any(name.partition(".")[0] == "modmoe" for name in sys.modules)
     save_file(made, job["output"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from modmoe.export.dense import RECIPE, dense_plan, expert_number, family_of_tie
 from modmoe.export.native import native_plan, native_warnings
 from modmoe.export.tied import tied_plan, with_dtype
 from modmoe.export.verify import verify as verify_export
-from modmoe.loading import is_tied, own_code
+from modmoe.loading import is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
 from modmoe.staging import check_output, open_output
 
-FORMS = ("tied", "dense", "native")
-_LATER = ("packed", "adapter")
+FORMS = ("tied", "dense", "native", "adapter")
+_LATER = ("packed",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _log = logging.getLogger(__name__)
@@ -56,13 +57,17 @@ def export(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     verify: bool = True,
+    approximate: bool = False,
+    tasks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a tied checkpoint in another form to ``output``, whole or not at all; the source is left unchanged.
+    """Write a tied checkpoint or an adapter in another form to ``output``, whole or not at all.
+
+    The source is left unchanged.
 
     Args:
-        source: a directory or Hub id of what ``modmoe convert`` or ``finetune`` wrote.
+        source: a directory or Hub id of what ``modmoe convert`` or ``finetune`` wrote, or of an adapter.
         output: a directory that is new or empty, unless ``overwrite``.
-        form: ``tied``, ``dense`` or ``native``.
+        form: ``tied``, ``dense`` or ``native``; of an adapter, also ``adapter``.
         target: the architecture of a native export, or ``auto``.
         expert: the expert that a dense export keeps, or that a tied one routed by task begins with.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the weights' type.
@@ -70,10 +75,14 @@ def export(
         overwrite: replace what is in ``output``.
         trust_remote_code: allow the dense architecture's own code to run, which the proof needs.
         verify: reload the export in a process without modmoe and compare; it takes the model's size in memory.
+        approximate: fold an adapter into the base model though it depends on the token: with each expert's weight held
+            at its mean over ``tasks``. What that costs is measured.
+        tasks: task name to file.
 
     Returns:
         ``form``, ``target``, ``output``, ``expert``, ``dtype``, ``verified`` (None without ``verify``),
-        ``bytes_before`` and ``bytes_after`` of all tensors, ``warnings``, ``seconds``.
+        ``bytes_before`` and ``bytes_after`` of all tensors, ``warnings``, ``seconds``; of an adapter also ``method``,
+        and what ``modmoe.export.folded`` adds.
 
     Raises:
         ExportError: an unknown form, target, expert or dtype; a form that cannot hold the model; a failed proof.
@@ -87,8 +96,26 @@ def export(
     directory = resolve_source(source)
     if Path(output).resolve() == directory.resolve():
         raise ExportError(f"{output}: is the source itself; name another directory.")
-    if not is_tied(directory):
-        raise ExportError(f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote.")
+    wanted = None if dtype is None else DTYPES[dtype]
+    if is_adapter(directory):
+        from modmoe.export.adapters import export_adapter  # imports peft, which takes seconds
+
+        result = export_adapter(
+            directory,
+            output,
+            form=form,
+            target=target,
+            expert=expert,
+            dtype=wanted,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            approximate=approximate,
+            tasks=tasks or {},
+        )
+        return {**result, "seconds": round(time.monotonic() - started_s, 2)}
+    _check_converted(source, directory, form, approximate or bool(tasks))
     tied = Checkpoint(directory)
     if verify and own_code(tied.config) and not trust_remote_code:
         raise CheckpointError(
@@ -99,7 +126,6 @@ def export(
     made.plan.check(tied)
     for line in made.warnings:
         _log.warning("%s", line)
-    wanted = None if dtype is None else DTYPES[dtype]
     with open_output(output, overwrite=overwrite) as partial:
         writer = CheckpointWriter(partial, max_shard_bytes=shard_bytes)
         made.plan.run(tied, writer, wanted)
@@ -108,11 +134,10 @@ def export(
         verified = None
         if verify:
             verified = verify_export(
-                tied,
+                lambda stored: load(directory, trust_remote_code=trust_remote_code, dtype=stored, device="cpu"),
                 partial,
                 expert=made.expert,
                 set_expert=form == "tied",
-                trust_remote_code=trust_remote_code,
                 execute_code=made.needs_code,
                 options=made.load_options,
             )
@@ -140,6 +165,18 @@ def _check_words(form: str, target: str, dtype: str | None) -> None:
         raise ExportError(f"target: '{target}' goes with the native form only; this is {form}.")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype: no dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}")
+
+
+def _check_converted(source: str, directory: Path, form: str, is_approximate: bool) -> None:
+    """Raise ExportError unless ``directory`` holds a tied model, and nothing is asked that only adapters have."""
+    if is_adapted(directory):
+        raise ExportError(f"{source}: is an export already; export the adapter directory that it was made from.")
+    if form == "adapter":
+        raise ExportError(f"{source}: has no adapter; adapters come from `modmoe convert --method adapters`.")
+    if not is_tied(directory):
+        raise ExportError(f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote.")
+    if is_approximate:
+        raise ExportError("approximate: folds an adapter, and this is none; leave --approximate and --task out.")
 
 
 def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Export:
@@ -174,7 +211,7 @@ def _write_companions(made: _Export, source: Path, directory: Path) -> None:
     copy_companions(source, directory)
     if (source / RECIPE).is_file():
         (directory / RECIPE).write_bytes((source / RECIPE).read_bytes())
-    if str(made.plan.config["model_type"]).startswith("modmoe_"):
+    if is_tied_type(made.plan.config["model_type"]):
         write_code(directory, made.plan.config, source)
     else:
         for name, text in own_files(made.plan.config, source).items():

@@ -1,4 +1,7 @@
-"""The proof of an export: reloaded by plain transformers in a fresh process, it computes what the tied model does."""
+"""The proof of an export: reloaded in a fresh process without modmoe, it computes what the model it was made from does.
+
+An adapter alone is reloaded with PEFT instead, which needs modmoe for its methods.
+"""
 
 # Shapes: B batch, T tokens, G tokens generated, V vocabulary
 
@@ -9,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,6 @@ from torch import Tensor
 from modmoe.checkpoint import Checkpoint
 from modmoe.errors import ExportError
 from modmoe.export import reload
-from modmoe.loading import load
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits by what it was computed in, as a share of the largest logit."""
@@ -30,38 +33,44 @@ _LEAST_POSITIONS = 4
 
 
 def verify(
-    tied: Checkpoint,
+    reference: Callable[[torch.dtype], Any],
     directory: Path,
     *,
+    stored: torch.dtype | None = None,
     expert: str | None = None,
     set_expert: bool = False,
-    trust_remote_code: bool = False,
     execute_code: bool = False,
     options: dict[str, Any] | None = None,
+    base: Path | None = None,
+    is_rounded: bool = False,
 ) -> dict[str, Any]:
-    """Compare the export in ``directory`` with the tied model it was made from, on a few short rows without padding.
+    """Compare the export in ``directory`` with the model it was made from, on a few short rows without padding.
 
     Logits are compared in the export's type and in float32, both from the weights as they were written. In half
     precision a router may stand so near a tie that rounding decides, so there the tolerance is for the mean.
 
     Args:
-        tied: the source.
+        reference: returns that model on the CPU, with its weights in a type; it may be changed.
         directory: the export.
+        stored: the type that its weights have; None for that of most of them.
         expert: the expert to force in the tied model; None lets it route.
         set_expert: force ``expert`` in the export too; only a tied one can.
-        trust_remote_code: allow the dense architecture's own code to run.
         execute_code: let the export's own code run in the fresh process.
         options: further keywords of ``from_pretrained``.
+        base: where the export is an adapter alone: the directory of its base model.
+        is_rounded: whether the export's weights were rounded where the model's are not; then one in half precision is
+            compared in its own type alone.
 
     Returns ``reloaded_without_modmoe``, ``max_abs_logit_diff`` and ``greedy_tokens_equal`` (both in float32, or in
-    float64 where the weights are) and the same for each type under ``by_dtype``.
+    float64 where the weights are) and the same for each type under ``by_dtype``; for an adapter also
+    ``reloaded_with_peft``.
 
     Raises:
         ExportError: it does not reload, or differs by more than the tolerance.
     """
-    stored = weights_dtype(Checkpoint(directory))
-    dtypes = [stored] if stored in (torch.float32, torch.float64) else [stored, torch.float32]
-    model: Any = load(tied.directory, trust_remote_code=trust_remote_code, dtype=stored, device="cpu")
+    stored = stored or weights_dtype(Checkpoint(directory))
+    dtypes = [stored] if is_rounded or stored not in _HALVES else [stored, torch.float32]
+    model: Any = reference(stored)
     ids_BT, new_tokens = sample_ids(model)
     if expert is not None:
         model.set_expert(expert)
@@ -69,6 +78,7 @@ def verify(
     del model  # before the fresh process loads as much again
     job = {
         "directory": str(directory.resolve()),
+        "base": None if base is None else str(base.resolve()),
         "input_ids": ids_BT.tolist(),
         "new_tokens": new_tokens,
         "dtypes": [_name(dtype) for dtype in dtypes],
@@ -82,7 +92,8 @@ def verify(
     }
     exact = by_dtype[_name(dtypes[-1])]
     return {
-        "reloaded_without_modmoe": True,
+        "reloaded_without_modmoe": base is None,
+        **({} if base is None else {"reloaded_with_peft": True}),
         "max_abs_logit_diff": exact["max_abs_logit_diff"],
         "greedy_tokens_equal": exact["greedy_tokens_equal"],
         "greedy_tokens": ROWS * new_tokens,
@@ -135,7 +146,8 @@ def _reload(job: dict[str, Any]) -> dict[str, Tensor]:
         if done.returncode or not output.is_file():
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1][:400] if lines else f"the process ended with {done.returncode}"
-            raise ExportError(f"the export does not reload with plain transformers: {reason}")
+            tool = "plain transformers" if job["base"] is None else "peft"
+            raise ExportError(f"the export does not reload with {tool}: {reason}")
         return load_file(output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 import sys
@@ -22,12 +23,13 @@ from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, res
 from modmoe.convert.code import own_files, write_code
 from modmoe.errors import RecipeError
 from modmoe.families import family_of
+from modmoe.finetune.adapters import load_with_adapter, write_trained
 from modmoe.finetune.data import Collator, keeps_rows_apart, training_set
 from modmoe.finetune.distill import load_teacher
 from modmoe.finetune.evaluate import evaluate_model
 from modmoe.finetune.resume import check_run, describe_run, last_state, start_run
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report
-from modmoe.loading import TIED_PREFIX, load, load_tokenizer, pick_device
+from modmoe.loading import TIED_PREFIX, is_adapter, load, load_tokenizer, pick_device
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output, open_output
@@ -90,12 +92,21 @@ def finetune(
 def _run(
     source: Path, partial: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
 ) -> dict[str, Any]:
+    if is_adapter(source) and recipe.finetune.train == "full":
+        # the base model's weights are not here: all that can learn is the adapter
+        recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
     wanted, trust = recipe.finetune, recipe.trust_remote_code
     progress("loading")
     device = pick_device(recipe.device)
-    model: Any = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
+    if wanted.train == "adapters":
+        model: Any = load_with_adapter(source, str(recipe.source or source), recipe, device)
+        lora = None
+    else:
+        if is_adapter(source):
+            raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
+        model = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
+        lora = _choose_what_learns(model, source, recipe)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    lora = _choose_what_learns(model, source, recipe)
     teacher = None
     if wanted.distill_from is not None and wanted.distill_weight > 0:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -123,7 +134,7 @@ def _run(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer: Any = ModularTrainer(
         model=model,
-        args=_arguments(partial / "trainer", recipe, device, model.get_input_embeddings().weight.shape[1]),
+        args=training_arguments(partial / "trainer", recipe, device, model.get_input_embeddings().weight.shape[1]),
         data_collator=Collator(padding=padding, packing=packing),
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -137,9 +148,13 @@ def _run(
         "total": total,
     }
     trainer.train_from(state)
-    trained = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
     progress("writing")
-    _write(trained, source, partial, recipe)
+    if wanted.train == "adapters":
+        trained = trainer.model
+        write_trained(trained, source, partial, recipe)
+    else:
+        trained = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
+        _write(trained, source, partial, recipe)
     if eval_tasks:
         progress("measuring after")
         for name, loss in _losses(trained, tokenizer, eval_tasks, recipe).items():
@@ -164,8 +179,6 @@ def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) ->
     """Freeze what does not learn; return the LoRA to attach where there is one."""
     train = recipe.finetune.train
     routers = [name for name, _ in model.named_parameters() if ".router." in name] if _has_routers(model) else []
-    if train == "adapters":
-        raise RecipeError(f"finetune.train: {source} has no adapters attached yet; train router, lora or full.")
     if train == "router" and not routers:
         why = "is routed by task and has no router" if _is_routed_by_task(model) else "is dense and has no router"
         raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
@@ -224,7 +237,8 @@ def default_learning_rate(train: str, width: int) -> float:
     return min(max(0.1 / width, 5e-5), 1e-3) * (1 if train == "full" else 3)
 
 
-def _arguments(states: Path, recipe: Recipe, device: torch.device, width: int) -> SFTConfig:
+def training_arguments(states: Path, recipe: Recipe, device: torch.device, width: int) -> SFTConfig:
+    """Return what TRL's trainer is told: one step a batch, cosine decay, float32 with bfloat16 products on a GPU."""
     wanted = recipe.finetune
     rate = wanted.learning_rate if wanted.learning_rate is not None else default_learning_rate(wanted.train, width)
     arguments = SFTConfig(

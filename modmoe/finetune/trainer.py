@@ -53,6 +53,8 @@ class ModularTrainer(SFTTrainer):
         self.top_k = 0 if self.routed is None else int(self.routed.config.num_experts_per_tok)
         # with every expert chosen always there is nothing to balance
         self.balances = self.routed is not None and self.top_k < self.routed.config.num_experts
+        # routed adapters hang their routers' losses on the backbone's output themselves; here they are only told
+        self.adapters = getattr(base, "routed_context", None)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         # both print to stdout, which belongs to the command's result
         self.remove_callback(PrinterCallback)
@@ -98,6 +100,8 @@ class ModularTrainer(SFTTrainer):
         if distill is not None:
             loss = (1 - self.recipe.distill_weight) * text + self.recipe.distill_weight * distill
             parts["loss_distill"] = distill
+        if self.adapters is not None and self.adapters.loss is not None:
+            parts["loss_routers"] = self.adapters.loss
         if router_logits:
             mask_T = mask_BT.flatten()
             parts["router_entropy"] = router_entropy(router_logits, mask_T)
@@ -161,6 +165,7 @@ class Report(TrainerCallback):
         """Say the losses in one line."""
         if not logs or "loss" not in logs:
             return
-        names = {"loss_text": "text", "loss_distill": "distill", "loss_balance": "balance", "router_entropy": "entropy"}
+        names = {"loss_text": "text", "loss_distill": "distill", "loss_balance": "balance"}
+        names |= {"loss_routers": "routers", "router_entropy": "entropy"}
         parts = ", ".join(f"{short} {logs[name]:.3f}" for name, short in names.items() if name in logs)
         LOG.info("step %d of %d: loss %.3f (%s)", state.global_step, state.max_steps, logs["loss"], parts)

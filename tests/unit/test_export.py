@@ -37,7 +37,8 @@ def check_one_line(error: Exception) -> str:
     [
         ({"form": "nativ"}, "Did you mean 'native'?"),
         ({"form": "packed"}, "forms that work: tied, dense, native"),
-        ({"form": "adapter"}, "not built yet"),
+        ({"form": "adapter"}, "has no adapter"),
+        ({"form": "dense", "expert": "words", "approximate": True}, "approximate: folds an adapter"),
         ({"form": "native", "target": "mixtrl"}, "Did you mean 'mixtral'?"),
         ({"form": "tied", "target": "mixtral"}, "native form only"),
         ({"form": "dense"}, "one of sums, words, code"),
@@ -298,4 +299,4 @@ def test_what_the_fresh_process_says_becomes_one_line(mistral, tmp_path, monkeyp
 
 
 def test_every_form_is_told_to_the_user():
-    assert set(run.FORMS) == {"tied", "dense", "native"}
+    assert set(run.FORMS) == {"tied", "dense", "native", "adapter"}

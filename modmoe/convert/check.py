@@ -1,0 +1,36 @@
+"""Whether a recipe can be run, as far as it can be told before anything is read."""
+
+from __future__ import annotations
+
+from modmoe.analyze.partition import find_partitioner
+from modmoe.analyze.score import SCORES
+from modmoe.convert.assignment import ASSIGNMENTS
+from modmoe.convert.run import METHODS, check_experts
+from modmoe.errors import RecipeError, did_you_mean
+from modmoe.families import family_of
+from modmoe.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check what a recipe names against the tables of methods, and its numbers against each other.
+
+    Raises RecipeError or PartitionError as a conversion would, before anything is read.
+    """
+    find_partitioner(recipe.partition.method)
+    for place, name, known in (
+        ("method", recipe.method, METHODS),
+        ("assignment.method", recipe.assignment.method, tuple(ASSIGNMENTS)),
+        ("assignment.score", recipe.assignment.score, tuple(SCORES)),
+    ):
+        if name not in known:
+            raise RecipeError(f"{place}: there is no '{name}'.{did_you_mean(name, known)}")
+    if recipe.family is not None:
+        family_of({}, recipe.family)
+    if recipe.adapter.method is not None:
+        from modmoe.adapters.budget import make_config
+
+        make_config(recipe.adapter.method, recipe.adapter.settings)
+    elif recipe.method == "adapters":
+        raise RecipeError("adapter.method: is not given; method adapters needs one.")
+    if recipe.tasks and recipe.method != "adapters":
+        check_experts(recipe)

@@ -1,0 +1,325 @@
+"""Exports of an adapter directory: with its base model in one checkpoint, folded into it, or alone as PEFT has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import modmoe
+from modmoe.accounting import tensor_bytes
+from modmoe.adapters.attach import Site
+from modmoe.adapters.configuration_modmoe_adapters import NAME
+from modmoe.adapters.methods import METHODS
+from modmoe.adapters.modeling_modmoe_adapters import model_class
+from modmoe.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    CheckpointWriter,
+    adapter_headers,
+    copy_companions,
+    local_base,
+    read_adapter_config,
+    resolve_base,
+    write_json,
+)
+from modmoe.convert.code import own_files
+from modmoe.errors import ExportError
+from modmoe.export.adapted_code import CONFIGURATION, MODELING, write_code
+from modmoe.export.adapter_card import write_adapter_card
+from modmoe.export.dense import RECIPE
+from modmoe.export.tied import with_dtype
+from modmoe.export.verify import verify as verify_export
+from modmoe.loading import TIED_PREFIX, adapter_method, load, own_code, tokenizer_home
+from modmoe.staging import open_output
+
+NAME_IN_PEFT = "default"
+"""The name that PEFT gives to an adapter that it loads."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An adapter directory and what is asked of it."""
+
+    directory: Path
+    base: Checkpoint
+    """The model that it is for."""
+    method: str
+    dtype: torch.dtype | None
+    """Type of the base model's weights in the export; None for their own."""
+    trust_remote_code: bool
+
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        """Return the PeftModel on the CPU, in a type that holds its weights exactly; None for their own."""
+        return load(self.directory, dtype=dtype, device="cpu", trust_remote_code=self.trust_remote_code)
+
+    def reference(self, dtype: torch.dtype) -> Any:
+        """Return the causal LM with its adapters, the base model's weights rounded to ``dtype``."""
+        return cast_base(self.load().get_base_model(), dtype)
+
+
+@dataclass(slots=True, kw_only=True)
+class Written:
+    """What one form wrote, and how it is proved."""
+
+    target: str
+    reference: Callable[[torch.dtype], Any]
+    stored: torch.dtype
+    """Type of the weights that are not the adapters'."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keywords of the proof."""
+    warnings: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+    """Keys that the form adds to the result."""
+
+
+def export_adapter(
+    directory: Path,
+    output: str,
+    *,
+    form: str,
+    target: str,
+    expert: str | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    overwrite: bool,
+    trust_remote_code: bool,
+    verify: bool,
+    approximate: bool,
+    tasks: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write an adapter directory in another form; see ``modmoe.export.run.export``, which has checked the words.
+
+    Returns the keys that it names, without ``seconds``; for the dense form also ``folding``, and ``tasks`` where it is
+    approximate: see ``modmoe.export.folded``.
+
+    Raises:
+        ExportError: a form that cannot hold the adapter; a failed proof.
+        CheckpointError, AdapterError: the adapter or its base model is damaged or not to be had.
+    """
+    source = Source(
+        directory=directory,
+        method=adapter_method(directory),
+        base=Checkpoint(resolve_base(directory)),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    headers = adapter_headers(directory)
+    _check(source, form, expert, approximate, tasks)
+    with open_output(output, overwrite=overwrite) as partial:
+        writer = CheckpointWriter(partial, max_shard_bytes=shard_bytes)
+        if form == "adapter":
+            made = _write_alone(source, partial, Path(output))
+        elif form == "dense":
+            from modmoe.export.folded import write_folded
+
+            made = write_folded(source, writer, approximate=approximate, tasks=tasks)
+        elif form == "native":
+            made = _write_native(source, writer, target)
+        else:
+            made = _write_tied(source, writer)
+        for line in made.warnings:
+            _log.warning("%s", line)
+        _copy_tokenizer(directory, source.base.directory, partial, with_settings=form != "adapter")
+        verified = verify_export(made.reference, partial, stored=made.stored, **made.options) if verify else None
+        adapter_bytes = _header_bytes(headers)
+        result = {
+            "form": form,
+            "target": made.target,
+            "output": str(output),
+            "expert": None,
+            "method": source.method,
+            "dtype": "float32" if form == "adapter" else str(made.stored).removeprefix("torch."),
+            "verified": verified,
+            "bytes_before": tensor_bytes(source.base) + adapter_bytes,
+            "bytes_after": adapter_bytes if form == "adapter" else tensor_bytes(Checkpoint(partial)),
+            "warnings": made.warnings,
+            **made.more,
+        }
+        write_adapter_card(partial, result, read_adapter_config(directory), source.base.directory)
+    return result
+
+
+def _check(source: Source, form: str, expert: str | None, approximate: bool, tasks: Mapping[str, str]) -> None:
+    model_type, place = source.base.config.get("model_type"), source.directory
+    if expert is not None:
+        raise ExportError(f"expert: '{expert}' is for converted models; the router of {place} chooses.")
+    if approximate and form != "dense":
+        raise ExportError(f"approximate: goes with the dense form only; this is {form}.")
+    if bool(tasks) != approximate:
+        lacks = "a fold that is not exact needs text; add --task NAME=FILE." if approximate else "goes with tasks."
+        raise ExportError(f"approximate: {lacks}")
+    if form == "adapter":
+        if source.dtype is not None:
+            raise ExportError("dtype: an adapter alone keeps its float32; leave --dtype out.")
+        return
+    if "quantization_config" in source.base.config:
+        raise ExportError(f"{source.base.directory}: is quantized; attach the adapter to the unquantized base model.")
+    if str(model_type).startswith(TIED_PREFIX):
+        raise ExportError(f"{place}: its base model is a {model_type}; only --form adapter can hold that.")
+    if form == "tied" and own_code(source.base.config):
+        raise ExportError(f"{place}: '{model_type}' is defined by files of its own; forms that work: adapter, dense.")
+
+
+def _write_tied(source: Source, writer: CheckpointWriter) -> Written:
+    """Write base model and adapters in one checkpoint that brings its code."""
+    model = source.load()
+    settings = model.peft_config[NAME_IN_PEFT].settings()
+    base = put_saved_in(model.get_base_model())
+    stored = source.dtype or base.dtype
+    for name, tensor in untied_state(base).items():
+        rounds = source.dtype is not None and tensor.is_floating_point() and "routed_" not in name
+        writer.write(name, tensor.to(source.dtype) if rounds else tensor)
+    kind = model_class(type(base))
+    config = dict(source.base.config)
+    config.pop("auto_map", None)
+    config.update(
+        model_type=kind.config_class.model_type,  # type: ignore[attr-defined]
+        architectures=[kind.__name__],
+        auto_map={
+            "AutoConfig": f"{Path(CONFIGURATION).stem}.{kind.config_class.__name__}",  # type: ignore[attr-defined]
+            "AutoModel": f"{Path(MODELING).stem}.{NAME}{type(base.base_model).__name__}",
+            "AutoModelForCausalLM": f"{Path(MODELING).stem}.{kind.__name__}",
+        },
+        adapter_method=source.method,
+        adapter_settings=dataclasses.asdict(settings),
+        adapter_targets=[site.path for site in sites_of(base)],
+        modmoe_version=modmoe.__version__,
+    )
+    writer.finish(with_dtype(config, stored))
+    write_code(writer.directory, METHODS[source.method])
+    return Written(
+        target=str(config["model_type"]), reference=source.reference, stored=stored, options={"execute_code": True}
+    )
+
+
+def _write_alone(source: Source, partial: Path, output: Path) -> Written:
+    """Write a clean PEFT directory: nothing of a trainer, and a base model that is still found."""
+    config = {**read_adapter_config(source.directory), "inference_mode": True}
+    named, warnings = str(config["base_model_name_or_path"]), []
+    found = local_base(source.directory)
+    if found is not None:
+        if not Path(named).is_dir():  # it counts from the adapter's directory, which is another now
+            config["base_model_name_or_path"] = os.path.relpath(found, output)
+        warnings.append(
+            f"the base model is named by a path, '{named}'; write its Hub id into {ADAPTER_CONFIG} before you share it."
+        )
+    save_file(load_file(source.directory / ADAPTER_WEIGHTS), partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (partial / ADAPTER_WEIGHTS).chmod(0o644)
+    write_json(partial / ADAPTER_CONFIG, config)
+    if (source.directory / RECIPE).is_file():
+        (partial / RECIPE).write_bytes((source.directory / RECIPE).read_bytes())
+    stored = stored_type(source.base)
+    options = {"base": source.base.directory, "execute_code": source.trust_remote_code}
+    return Written(
+        target=str(config["peft_type"]),
+        reference=source.reference,
+        stored=stored,
+        options=options,
+        warnings=warnings,
+    )
+
+
+def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Written:
+    """Write the experts of a MixLoRA out in full."""
+    if METHODS[source.method].adapter.fold != "to_moe":
+        known = ", ".join(name for name, method in METHODS.items() if method.adapter.fold == "to_moe")
+        raise ExportError(
+            f"{source.directory}: {source.method} is no mixture of whole FFNs, so no other architecture holds it "
+            f"(only {known or 'none'} does); forms that work: tied, adapter."
+        )
+    from modmoe.export.mixlora import base_weights, expand_mixlora
+
+    model = source.load()
+    model_dtype = model.get_base_model().dtype
+    put_saved_in(model.get_base_model())
+    plan = expand_mixlora(model, NAME_IN_PEFT, target, source.dtype)
+    plan.run(base_weights(model), writer)
+    writer.finish(plan.config)
+    # weights are rounded once more than in the model with the adapter beside them
+    options = {"options": {"experts_implementation": "eager"}, "is_rounded": True}
+    return Written(
+        target=str(plan.config["model_type"]),
+        reference=source.reference,
+        stored=source.dtype or model_dtype,
+        options=options,
+    )
+
+
+def sites_of(base: nn.Module) -> list[Site]:
+    """Return the sites that have the adapter, in the model's order."""
+    return [site for site in base.modules() if isinstance(site, Site) and site.path and NAME_IN_PEFT in site.adapters]
+
+
+def put_saved_in(base: Any) -> Any:
+    """Put the layers that were trained whole (PEFT's ``modules_to_save``) where they belong; return the model."""
+    for path, wrapper in list(base.named_modules()):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            dtype = next(wrapper.original_module.parameters()).dtype
+            base.set_submodule(path, wrapper.modules_to_save[NAME_IN_PEFT].to(dtype))
+    return base
+
+
+def untied_state(base: Any) -> dict[str, Tensor]:
+    """Return a model's tensors by name, each that others are tied to once.
+
+    Raises ExportError where the base model ties what training has parted.
+    """
+    state: dict[str, Tensor] = base.state_dict()
+    for name, other in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        if name in state and other in state:
+            if not torch.equal(state[name], state[other]):
+                raise ExportError(
+                    f"modules_to_save: '{name}' was trained apart from '{other}', to which the base model ties it; "
+                    "only --form adapter can hold that."
+                )
+            del state[name]
+    return state
+
+
+def cast_base(base: Any, dtype: torch.dtype) -> Any:
+    """Round the base model's weights to ``dtype``; adapters and buffers stay as they are. Return the model."""
+    for name, weight in base.named_parameters():
+        if "routed_" not in name and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return base
+
+
+def write_own_files(source: Source, partial: Path) -> None:
+    """Write the Python files that the base model's architecture brings with it, if it has any."""
+    for name, text in own_files(source.base.config, source.base.directory).items():
+        (partial / name).write_text(text, encoding="utf-8")
+
+
+def _copy_tokenizer(adapter: Path, base: Path, partial: Path, *, with_settings: bool) -> None:
+    """Copy the adapter's tokenizer, or the base model's where it has none; never parts of both."""
+    home = tokenizer_home(adapter)
+    copy_companions(home, partial)
+    if with_settings and home != base:
+        for file in (base / "generation_config.json", *base.glob("LICENSE*")):
+            if file.is_file():
+                (partial / file.name).write_bytes(file.read_bytes())
+
+
+def _header_bytes(headers: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
+
+
+def stored_type(base: Checkpoint) -> torch.dtype:
+    """Return the type that the base model is loaded in."""
+    named = base.config.get("dtype", base.config.get("torch_dtype"))
+    found = getattr(torch, str(named).removeprefix("torch."), None) if named else None
+    return found if isinstance(found, torch.dtype) else base.dtype(next(iter(base)))
