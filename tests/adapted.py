@@ -120,7 +120,9 @@ def base_model(family: str) -> Any:
 
 def adapted_model(method: str, family: str, *, trained: bool = True, **changes: Any) -> Any:
     """Return a PeftModel of the method's small configuration, its adapter moved off its start where ``trained``."""
-    model = get_peft_model(base_model(family), config_for(method, **changes))
+    base = base_model(family)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config_for(method, **changes))
     if trained:
         shake(model)
     return model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -109,12 +108,6 @@ def write_adapters(model: Any, base: Path, directory: Path, recipe: Recipe) -> N
     (directory / "README.md").unlink(missing_ok=True)  # a form to fill in; the export writes one that says something
     copy_companions(base, directory)
     save_recipe(directory, recipe)
-
-
-def base_of(directory: Path) -> Path:
-    """Return the directory of the base model that an adapter directory names; CheckpointError where it is not there."""
-    named = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    return resolve_source(str(named.get("base_model_name_or_path")), named.get("revision"))
 
 
 def describe(config: Any, model: PreTrainedModel) -> dict[str, Any]:

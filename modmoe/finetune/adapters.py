@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from modmoe.convert.adapters import adapter_config, attach_to, base_of, write_adapters
+from modmoe.checkpoint import resolve_base
+from modmoe.convert.adapters import adapter_config, attach_to, write_adapters
 from modmoe.errors import RecipeError
 from modmoe.loading import is_adapter, load
 from modmoe.recipe import Recipe
@@ -45,4 +46,4 @@ def load_with_adapter(source: Path, name: str, recipe: Recipe, device: torch.dev
 
 def write_trained(model: Any, source: Path, directory: Path, recipe: Recipe) -> None:
     """Write the trained adapter to ``directory``; the base model's weights have not changed and are not written."""
-    write_adapters(model, base_of(source) if is_adapter(source) else source, directory, recipe)
+    write_adapters(model, resolve_base(source) if is_adapter(source) else source, directory, recipe)

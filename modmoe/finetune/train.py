@@ -29,7 +29,7 @@ from modmoe.finetune.distill import load_teacher
 from modmoe.finetune.evaluate import evaluate_model
 from modmoe.finetune.resume import check_run, describe_run, last_state, start_run
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report
-from modmoe.loading import TIED_PREFIX, is_adapter, load, load_tokenizer, pick_device
+from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output, open_output
@@ -92,6 +92,8 @@ def finetune(
 def _run(
     source: Path, partial: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
 ) -> dict[str, Any]:
+    if is_adapted(source):
+        raise RecipeError(f"{source}: was exported with its adapter inside; train the adapter it was made from.")
     if is_adapter(source) and recipe.finetune.train == "full":
         # the base model's weights are not here: all that can learn is the adapter
         recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
@@ -303,7 +305,7 @@ def _write(model: PreTrainedModel, source: Path, partial: Path, recipe: Recipe) 
         writer.write(name, tensor.to(kind) if tensor.is_floating_point() else tensor)
     writer.finish(before.config)
     copy_companions(source, partial)
-    if str(before.config.get("model_type")).startswith(TIED_PREFIX):
+    if is_tied_type(before.config.get("model_type")):
         write_code(partial, before.config, source)
     else:
         for name, text in own_files(before.config, source).items():

@@ -28,7 +28,7 @@ from modmoe.loading import load
 from tests import adapted, tiny
 from tests.export_models import write_tied
 
-CONTRACT = {"attach.py", "base.py", "losses.py", "passes.py", "routing.py", CONFIGURATION, MODELING}
+CONTRACT = {"attach.py", "base.py", "losses.py", "passes.py", "routing.py", "targets.py", CONFIGURATION, MODELING}
 TIED_CASES = [*adapted.ONE_EACH, ("comol", "mixtral"), ("expert_lora", "mixtral"), ("perft_r", "qwen3_moe")]
 
 

@@ -84,7 +84,7 @@ def test_gradients_under_checkpointing_are_those_without(method: str, family: st
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(("method", "family"), PAIRS)
+@pytest.mark.parametrize(("method", "family"), ONE_EACH)
 def test_two_passes_before_two_backward_passes_do_not_mix(method: str, family: str, reentrant: bool) -> None:
     model = adapted_model(method, family, **({"balance_weight": 0.0} if method in BALANCED else {})).train()
     checkpointed(model, reentrant)

@@ -227,8 +227,9 @@ def test_a_saved_adapter_loads_in_every_way(method: str, family: str, saved: Any
     loaded = PeftModel.from_pretrained(load_base(made.base, family), made.directory)
     assert torch.equal(logits_of(loaded), made.after)
     assert not any(weight.requires_grad for weight in loaded.parameters())
-    automatic = {"experts_implementation": "eager"} if family in MOE else {}
-    assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(made.directory, **automatic)), made.after)
+    if (method, family) in ONE_EACH:
+        automatic = {"experts_implementation": "eager"} if family in MOE else {}
+        assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(made.directory, **automatic)), made.after)
     native = load_base(made.base, family)
     native.load_adapter(made.directory)
     assert torch.equal(logits_of(native), made.after)
@@ -248,15 +249,17 @@ def test_saved_adapters_load_in_a_new_process(saved: Any, tmp_path: Path) -> Non
         items.append([str(made.base), str(made.directory), str(tmp_path / f"{made.directory.name}.safetensors")])
     save_file({"ids": token_ids()}, tmp_path / "ids.safetensors")
     code = """
-import json, sys, torch, transformers, modmoe.adapters
+import copy, json, sys, torch, transformers, modmoe.adapters
 from peft import PeftModel
 from safetensors.torch import load_file
 ids = load_file(sys.argv[1])["ids"]
-differences = {}
+differences, bases = {}, {}
 for base, adapter, logits in json.loads(sys.argv[2]):
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    if hasattr(model.config, "num_experts_per_tok"):
-        model.set_experts_implementation("eager")
+    if base not in bases:
+        bases[base] = transformers.AutoModelForCausalLM.from_pretrained(base)
+        if hasattr(bases[base].config, "num_experts_per_tok"):
+            bases[base].set_experts_implementation("eager")
+    model = copy.deepcopy(bases[base])
     with torch.no_grad():
         found = PeftModel.from_pretrained(model, adapter).eval()(input_ids=ids).logits
     differences[adapter] = float((found - load_file(logits)["logits"]).abs().max())
@@ -429,7 +432,7 @@ def test_layers_that_are_trained_whole_are_saved_and_taken_off(method: str, fami
     assert torch.equal(logits_of(plain), logits_of(expected)), "as with PEFT's own methods, what was trained stays"
 
 
-@pytest.mark.parametrize(("method", "family"), PAIRS)
+@pytest.mark.parametrize(("method", "family"), ONE_EACH)
 def test_an_adapter_is_float32_on_a_half_precision_base(method: str, family: str, tmp_path: Path) -> None:
     base = base_model(family).to(torch.bfloat16)
     expected = logits_of(base)

@@ -156,7 +156,7 @@ def test_dense_models_are_trained_as_they_are(room: Path, tmp_path: Path, tasks:
     [
         ("dense", {"train": "router"}, "is dense and has no router; train lora or full"),
         ("task", {"train": "router"}, "is routed by task and has no router"),
-        ("token", {"train": "adapters"}, "has no adapters attached"),
+        ("token", {"train": "adapters"}, "has no adapters; name one"),
         ("token", {"distill_from": "other"}, "predicts 300 tokens, the model that learns 264"),
         ("token", {"distill_from": "task"}, "is routed by task; name the dense model"),
     ],
