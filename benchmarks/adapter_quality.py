@@ -60,6 +60,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def base_model(args: argparse.Namespace) -> Any:
+    """Return the base model in float32; experts run one by one, since the grouped product is for GPUs."""
+    model: Any = load(args.model, dtype=torch.float32, device="cpu")
+    if hasattr(model, "set_experts_implementation") and getattr(model.config, "num_local_experts", 0):
+        model.set_experts_implementation("eager")
+    return model
+
+
 def configuration(method: str, model: Any, budget: int) -> Any:
     """Return a method's configuration within the budget; None where it cannot be attached or made so small."""
     if method == "lora":
@@ -85,7 +93,7 @@ def configuration(method: str, model: Any, budget: int) -> Any:
 def one_run(args: argparse.Namespace, config: Any, rate: float, seed: int, held: dict[str, str]) -> dict[str, float]:
     """Train once and return the losses on both halves of the held-out rows, the parameters and the seconds a step."""
     torch.manual_seed(seed)
-    model: Any = load(args.model, dtype=torch.float32, device="cpu")
+    model = base_model(args)
     tokenizer = load_tokenizer(args.model)
     recipe = make_recipe(
         {
@@ -153,7 +161,7 @@ def halves(file: str, work: Path) -> dict[str, str]:
 
 def sweep(args: argparse.Namespace, method: str, held: dict[str, str]) -> dict[str, Any] | None:
     """Run every rate and seed of a method and return its row at the best rate."""
-    config = configuration(method, load(args.model, device="cpu"), args.budget)
+    config = configuration(method, base_model(args), args.budget)
     if config is None:
         return None
     by_rate: dict[float, list[dict[str, float]]] = {}
@@ -196,7 +204,7 @@ def main() -> None:
             args.train = str(write_task_files(work / "train", split="train", rows_per_task=600, seed=0)["docs"])
             args.eval = str(write_task_files(work / "held", split="held_out", rows_per_task=200, seed=0)["docs"])
         held = halves(args.eval, work)
-        base = losses(load(args.model, device="cpu"), load_tokenizer(args.model), held, args)["told"]
+        base = losses(base_model(args), load_tokenizer(args.model), held, args)["told"]
         rows = [row for method in methods if (row := sweep(args, method, held)) is not None]
     lora = next((row["loss"] for row in rows if row["name"] == "lora"), None)
     for row in rows:

@@ -21,6 +21,12 @@ from modmoe.adapters import CONFIGS
 from tests.adapted import BALANCED, ONE_EACH, adapted_model, adapter_parameters, token_ids
 
 STEPS = 4
+PLAIN, CHECKPOINTED = "fsdp", "fsdp, checkpointing"
+FSDP = {
+    **dict.fromkeys(("perft_e", "soft_moa", "expert_lora", "comol"), (CHECKPOINTED,)),
+    **dict.fromkeys(BALANCED, (PLAIN, CHECKPOINTED)),
+}
+"""Those whose shards are compared too: the ones that decide, share parameters or reach into the layer."""
 
 
 def fresh(method: str, family: str) -> Any:
@@ -66,9 +72,9 @@ def compare(method: str, family: str) -> dict[str, float]:
         float((weight - weights[name]).detach().abs().max()) for name, weight in adapter_parameters(model)
     )
 
-    for name in ("fsdp", "fsdp, checkpointing") if method in BALANCED else ("fsdp, checkpointing",):
+    for name in FSDP.get(method, ()):
         model = fresh(method, family)
-        if name != "fsdp":
+        if name == CHECKPOINTED:
             base = model.get_base_model()
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         for layer in model.get_base_model().model.layers:

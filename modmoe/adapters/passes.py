@@ -154,9 +154,7 @@ class Context:
     def enter_layer(self, layer: int, x_BTD: Tensor, *, keep: bool) -> None:
         """Begin a layer's frame; ``keep`` it for a second run in the backward pass."""
         frame = Frame(layer, self.run, weakref.ref(x_BTD))
-        for _, old in self._kept.get(layer, []):
-            old.values = {}  # of its second run; they can hold the very tensor that tells whether it still lives
-        self._begin(layer, frame)
+        self._begin(layer, frame)  # first, so that what only the values of an old frame hold is let go
         kept = [(ref, old) for ref, old in self._kept.get(layer, []) if ref() is not None]
         self._kept[layer] = [*kept, (frame.entered, frame)] if keep else kept
 

@@ -242,6 +242,7 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Writ
             f"(only {known or 'none'} does); forms that work: tied, adapter."
         )
     from modmoe.export.mixlora import base_weights, expand_mixlora
+    from modmoe.export.native import native_warnings
 
     model = source.load()
     model_dtype = model.get_base_model().dtype
@@ -256,6 +257,7 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Writ
         reference=source.reference,
         stored=source.dtype or model_dtype,
         options=options,
+        warnings=native_warnings(plan),
     )
 
 

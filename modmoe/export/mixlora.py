@@ -22,32 +22,11 @@ from modmoe.adapters.attach import Site
 from modmoe.adapters.mixlora import ATTENTION, FFN, MixLoRA
 from modmoe.convert.plan import Const, Op, Plan, Shape
 from modmoe.errors import ExportError, did_you_mean
+from modmoe.export.native import CARRIED
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 # names that weights get where another adapter wraps their layer
 _WRAPPED = ("base_layer", "modules_to_save", "original_module", "parametrizations")
-# what the configurations of both sides have in common
-_CARRIED = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "tie_word_embeddings",
-    "use_cache",
-    "vocab_size",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +216,9 @@ def _why_not(kind: Target, config: Any, weights: Mapping[str, Tensor], adapters:
 
 def _config(kind: Target, config: Any, adapters: Mapping[int, MixLoRA], dtype: torch.dtype) -> dict[str, Any]:
     settings = next(iter(adapters.values())).settings
-    values = {key: getattr(config, key) for key in _CARRIED if hasattr(config, key)}
+    values = {
+        key: getattr(config, key) for key in (*CARRIED, "intermediate_size", "sliding_window") if hasattr(config, key)
+    }
     if kind.config is Qwen3MoeConfig:
         values |= {
             "attention_bias": config.attention_bias,

@@ -21,7 +21,7 @@ from modmoe.families import layers_of
 
 _SOURCES: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
 # what Mixtral's configuration has in common with its sources'; read resolved, since config.json may leave out defaults
-_CARRIED = (
+CARRIED = (
     "attention_dropout",
     "bos_token_id",
     "eos_token_id",
@@ -62,7 +62,7 @@ def native_plan(tied: Checkpoint, target: str = "auto") -> Plan:
 
 def native_warnings(plan: Plan) -> list[str]:
     """Return what a user of other engines should know of a native plan, one line each."""
-    width = int(plan.config["intermediate_size"])
+    width = int(plan.config.get("moe_intermediate_size") or plan.config["intermediate_size"])
     if width % 32 == 0:
         return []
     return [
@@ -125,7 +125,7 @@ def _why_not_mixtral(config: dict[str, Any], model_type: str) -> str:
 def _mixtral_config(config: dict[str, Any], model_type: str, width: int) -> dict[str, Any]:
     plain = dense_config(config)
     resolved = _SOURCES[model_type].from_dict(plain)
-    carried = {key: getattr(resolved, key) for key in _CARRIED if hasattr(resolved, key)}
+    carried = {key: getattr(resolved, key) for key in CARRIED if hasattr(resolved, key)}
     made = MixtralConfig(
         **carried,
         intermediate_size=width,

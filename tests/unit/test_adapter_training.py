@@ -118,9 +118,10 @@ def test_two_processes_train_what_one_does(repository: Path) -> None:
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found.keys() == CONFIGS.keys()
+    assert sum("fsdp" in "".join(differences) for differences in found.values()) >= 9
     for method, differences in found.items():
         assert differences.pop("moved") > 1e-4, method
-        assert len(differences) >= 4 and max(differences.values()) < 2e-6, (method, differences)
+        assert differences and max(differences.values()) < 2e-6, (method, differences)
 
 
 def test_a_step_moves_every_parameter_of_the_balanced_methods() -> None:
