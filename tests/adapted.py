@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from peft import get_peft_model
+from torch import Tensor
 
 from modmoe.adapters.base import RoutedAdapter
 from modmoe.adapters.configs import CONFIGS
 from modmoe.adapters.methods import METHODS
 from modmoe.adapters.peft import RoutedConfig, RoutedLayer
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 VOCABULARY = 64
 
@@ -187,3 +192,44 @@ def train(model: Any, steps: int = 3, learning_rate: float = 0.05, seed: int = 5
 def logits_of(model: Any, ids_BT: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
     """Return a model's logits in evaluation mode."""
     return model.eval()(input_ids=token_ids() if ids_BT is None else ids_BT, **more).logits
+
+
+def gradients(model: Any, loss: Callable[[], Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Return the gradient of every adapter parameter."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss().backward()
+    return {name: weight.grad.clone() for name, weight in adapter_parameters(model) if weight.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that two sets of gradients are the same."""
+    assert found.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+class Saved(NamedTuple):
+    """What the fixture ``saved`` made: a trained adapter in a directory, its base model, logits without and with it."""
+
+    directory: Path
+    base: Path
+    before: Tensor
+    after: Tensor
+    model: Any
+
+
+def read_base(directory: Path, family: str, **more: Any) -> Any:
+    """Return the model of a family that lies in a directory."""
+    implementation = {"experts_implementation": "eager"} if family in MOE else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **implementation, **more)
+
+
+_READ: dict[Path, Any] = {}
+
+
+def load_base(directory: Path, family: str) -> Any:
+    """Return a copy of what was read from a directory, which is read once."""
+    if directory not in _READ:
+        _READ[directory] = read_base(directory, family)
+    return copy.deepcopy(_READ[directory])

@@ -23,6 +23,7 @@ from modmoe.adapters.configs import (
     SparMoEConfig,
     SparseMoAConfig,
 )
+from modmoe.adapters.gather import gather_loras
 
 __all__ = [
     "CONFIGS",
@@ -41,5 +42,6 @@ __all__ = [
     "SoftMoAConfig",
     "SparMoEConfig",
     "SparseMoAConfig",
+    "gather_loras",
     "solve_budget",
 ]

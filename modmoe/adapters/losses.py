@@ -89,15 +89,23 @@ LOSSES = {"switch": switch_loss, "z": z_loss, "importance": importance_loss}
 """Losses by the name that ``Route.loss_weights`` gives them."""
 
 
-def total_loss(routes: Sequence[Route], counted_T: Tensor | None, *, scope: str = "layer") -> Tensor | None:
+def total_loss(
+    routes: Sequence[Route],
+    counted_T: Tensor | None,
+    *,
+    scope: str = "layer",
+    more: Mapping[str, float] | None = None,
+) -> Tensor | None:
     """Return the weighted sum of the routes' losses, or None where nothing learns or every factor is 0.
 
     Args:
         routes: of one pass; those of routers that do not learn are passed over.
         counted_T: which tokens count, [T]; None for all. A route of another number of tokens counts all of its own.
         scope: ``layer``, the mean over routers of each one's loss; or ``all``, where routers with the same number of
-            experts and the same factors count as one router that saw all their tokens, as transformers'
-            ``load_balancing_loss_func`` has it. The two are different numbers.
+            experts and the same factors count as one router that saw all their tokens, as in transformers'
+            ``load_balancing_loss_func`` (which is top_k times this, since there each choice counts whole). The two
+            scopes are different numbers.
+        more: factors of further losses of LOSSES, for every router.
     """
     learning = [route for route in routes if route.learns]
     if counted_T is not None and not bool(counted_T.any()):
@@ -109,7 +117,7 @@ def total_loss(routes: Sequence[Route], counted_T: Tensor | None, *, scope: str 
         mask_T = None
         if counted_T is not None and tokens % counted_T.numel() == 0:
             mask_T = counted_T.to(route.probs_TE.device).repeat(tokens // counted_T.numel())
-        for name, factor in route.loss_weights.items():
+        for name, factor in [*route.loss_weights.items(), *(more or {}).items()]:
             if factor:
                 sums.setdefault(name, []).append(factor * LOSSES[name](route, mask_T))
         for name, value in route.extra.items():

@@ -94,6 +94,10 @@ class Context:
         """layer: the mean of the layers' losses. all: one loss over the tokens of all layers, as in transformers."""
         self.counts = "tokens"
         """tokens: every token but padding enters the balance. answers: learned tokens alone, where labels are given."""
+        self.more_losses: dict[str, float] = {}
+        """Factors of further losses of LOSSES, for every router."""
+        self.loss_factor = 1.0
+        """What the losses are multiplied by: one over the number of passes whose gradients a trainer adds up."""
         self.loss: Tensor | None = None
         """The routers' loss in the last pass, detached; None where no router learned."""
         self._parameters: list[str] = []
@@ -106,6 +110,7 @@ class Context:
         """Return a context of the same settings; a pass under way belongs to the original."""
         new = memo[id(self)] = Context()
         new.loss_scope, new.counts, new._parameters = self.loss_scope, self.counts, list(self._parameters)
+        new.more_losses, new.loss_factor = dict(self.more_losses), self.loss_factor
         return new
 
     def frame(self, layer: int | None) -> Frame:
@@ -116,7 +121,12 @@ class Context:
     def begin_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the labels that the causal LM was called with; a forward pre-hook."""
         labels_BT = kwargs.get("labels")
-        self._answer_BT = labels_BT != -100 if isinstance(labels_BT, Tensor) and labels_BT.dim() == 2 else None
+        if isinstance(labels_BT, Tensor) and labels_BT.dim() == 2:
+            self.mark_answers(labels_BT)
+
+    def mark_answers(self, labels_BT: Tensor) -> None:
+        """Note the labels of the pass to come, -100 where nothing is learned, for whoever computes the loss itself."""
+        self._answer_BT = labels_BT != -100
 
     def begin_pass(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a pass; a forward pre-hook of the backbone, since some trainers call it without its head.
@@ -180,17 +190,19 @@ class Context:
         self.loss, loss = None, None
         if torch.is_grad_enabled():
             trained = [route for route in self.run.routes if route.site in self.run.trained]
-            if any(route.has_loss and route.lost for route in trained):
+            wanted = any(self.more_losses.values())
+            if any((route.has_loss or wanted) and route.lost for route in trained):
                 raise ValueError(
                     "gradient checkpointing: a router's loss has no gradient with use_reentrant=True; pass "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            loss = total_loss(trained, self.counted(), scope=self.loss_scope)
+            loss = total_loss(trained, self.counted(), scope=self.loss_scope, more=self.more_losses)
         # they would keep the graph, and with it what entered the layers, until the next pass
         self.run.routes = [route.detached() for route in self.run.routes]
         if loss is None:
             return output
         self.loss = loss.detach()
+        loss = self.loss_factor * loss
         if isinstance(output, Tensor):
             return _with_loss(output, loss)
         if isinstance(output, tuple):

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from peft import PeftConfig
@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from modmoe.adapters.attach import Site, add_adapter, attach_site, detach
+from modmoe.adapters.attach import Site, add_adapter, attach_site, context_of, detach
 from modmoe.adapters.base import RoutedAdapter
 from modmoe.adapters.fingerprint import fingerprint, same_base
 from modmoe.adapters.methods import METHODS, Method
@@ -44,6 +44,14 @@ class RoutedConfig(PeftConfig):
     """Not used by routed adapters; kept because PEFT asks for it."""
     modules_to_save: list[str] | None = dataclasses.field(default=None, kw_only=True)
     """Layers of the base model to train whole and save with the adapter, as in PEFT."""
+    z_loss_weight: float = dataclasses.field(default=0.0, kw_only=True)
+    """Factor of the routers' z-loss, the mean squared log-sum-exp of their logits."""
+    importance_loss_weight: float = dataclasses.field(default=0.0, kw_only=True)
+    """Factor of the squared coefficient of variation of the experts' summed weights."""
+    loss_scope: Literal["layer", "all"] = dataclasses.field(default="layer", kw_only=True)
+    """Whether routers' losses are of each router and averaged, or of all routers' tokens together."""
+    loss_tokens: Literal["tokens", "answers"] = dataclasses.field(default="tokens", kw_only=True)
+    """Tokens that routers' losses count: all but padding, or those alone that are learned, where labels are given."""
     layout: str = dataclasses.field(default=LAYOUT, kw_only=True)
     """How the tensors in the file are laid out."""
     base_fingerprint: str | None = dataclasses.field(default=None, kw_only=True)
@@ -55,6 +63,11 @@ class RoutedConfig(PeftConfig):
         self.peft_type = PeftType(f"MODMOE_{self.method.upper()}")
         if self.task_type is None:
             self.task_type = "CAUSAL_LM"
+        for name, known in (("loss_scope", ("layer", "all")), ("loss_tokens", ("tokens", "answers"))):
+            if getattr(self, name) not in known:
+                raise AdapterError(
+                    f"{name}: no such value '{getattr(self, name)}'.{did_you_mean(str(getattr(self, name)), known)}"
+                )
         if self.exclude_modules:
             raise AdapterError("exclude_modules: routed adapters have no use for it; name target_modules instead.")
 
@@ -165,6 +178,10 @@ class RoutedTuner(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        context = context_of(model)
+        context.loss_scope, context.counts = config.loss_scope, config.loss_tokens
+        context.more_losses = {"z": config.z_loss_weight, "importance": config.importance_loss_weight}
 
     def _check(self, model: nn.Module, adapter_name: str) -> None:
         # a copy, since what is filled in belongs to this model

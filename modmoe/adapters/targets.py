@@ -42,6 +42,8 @@ def find_targets(
     if wanted_layers is not None:
         fitting = [path for path in fitting if layer_number(path) in wanted_layers]
     chosen = adapter_class.targets if targets is None else targets
+    if chosen == "all-linear":  # PEFT's word for every layer
+        chosen = ()
     if isinstance(chosen, str):
         matched = [path for path in fitting if re.fullmatch(chosen, path)]
         lacking = [] if matched else [chosen]

@@ -84,6 +84,8 @@ class ModularTrainer(SFTTrainer):
         """
         inputs = dict(inputs)
         labels_BT, mask_BT = inputs.pop("labels"), inputs.pop("token_mask")
+        if self.adapters is not None:
+            self.adapters.mark_answers(labels_BT)
         with self.routed.record_router_logits() if self.routed is not None else contextlib.nullcontext():
             outputs = model(**inputs, use_cache=False)
         router_logits = dict(self.routed.routing_state.logits) if self.routed is not None else {}

@@ -1,199 +1,42 @@
-"""Every method as a PEFT method: what we use of PEFT, saving and loading, and what is refused."""
+"""Every method as a PEFT method: saving and loading, switching, merging, several adapters."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import json
-import re
 import subprocess
 import sys
-import tomllib
-import warnings
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modmoe.adapters import CONFIGS, solve_budget
-from modmoe.adapters.budget import make_config
-from modmoe.adapters.fingerprint import fingerprint, same_base
-from modmoe.adapters.methods import METHODS
+from modmoe.adapters import CONFIGS
+from modmoe.adapters.fingerprint import fingerprint
 from modmoe.adapters.peft import LAYOUT
 from modmoe.errors import AdapterError
 from tests.adapted import (
+    ADAPTER_FILE,
     CASES,
+    CONFIG_FILE,
     MOE,
     ONE_EACH,
     PAIRS,
-    REFUSED,
     adapted_model,
     adapter_parameters,
     adapters_of,
     base_model,
     config_for,
     from_config,
+    load_base,
     logits_of,
     shake,
     token_ids,
     train,
 )
-
-FILE = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-
-# What we use of PEFT
-
-PRIVATE = {
-    # BaseTuner calls these, and we override them
-    "BaseTuner.inject_adapter": (
-        BaseTuner.inject_adapter,
-        ["self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"],
-    ),
-    "BaseTuner._prepare_adapter_config": (BaseTuner._prepare_adapter_config, ["self", "peft_config", "model_config"]),
-    "BaseTuner._prepare_model": (BaseTuner._prepare_model, ["self", "peft_config", "model"]),
-    "BaseTuner._check_target_module_exists": (BaseTuner._check_target_module_exists, ["peft_config", "key"]),
-    "BaseTuner._create_and_replace": (
-        BaseTuner._create_and_replace,
-        ["self", "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"],
-    ),
-    "BaseTuner._remove_adapter_name_from_key": (BaseTuner._remove_adapter_name_from_key, ["key", "adapter_name"]),
-    "BaseTuner._remap_adapter_state_dict_for_load": (
-        BaseTuner._remap_adapter_state_dict_for_load,
-        ["model", "config", "adapter_name", "state_dict"],
-    ),
-    "BaseTuner.merge_and_unload": (
-        BaseTuner.merge_and_unload,
-        ["self", "progressbar", "safe_merge", "adapter_names"],
-    ),
-    "BaseTuner.unload": (BaseTuner.unload, ["self"]),
-    # we call this
-    "BaseTuner._unload_and_optionally_merge": (
-        BaseTuner._unload_and_optionally_merge,
-        ["self", "merge", "progressbar", "safe_merge", "adapter_names"],
-    ),
-    "BaseTunerLayer._move_adapter_to_device_of_base_layer": (
-        BaseTunerLayer._move_adapter_to_device_of_base_layer,
-        ["self", "adapter_name", "device"],
-    ),
-    "BaseTunerLayer.get_base_layer": (BaseTunerLayer.get_base_layer, ["self"]),
-    "register_peft_method": (
-        register_peft_method,
-        ["name", "config_cls", "model_cls", "prefix", "is_mixed_compatible"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PRIVATE)
-def test_peft_still_has_the_private_functions_that_we_override(name: str) -> None:
-    function, expected = PRIVATE[name]
-    found = list(inspect.signature(function).parameters)
-    assert found == expected, f"peft {peft.__version__}: {name} takes {found} now, and the binding expects {expected}"
-
-
-def test_peft_still_calls_what_we_override() -> None:
-    source = inspect.getsource(BaseTuner.__init__) + inspect.getsource(BaseTuner.inject_adapter)
-    for name in ("inject_adapter", "_prepare_adapter_config", "_prepare_model", "_check_target_module_exists"):
-        assert f"self.{name}(" in source, f"peft {peft.__version__}: BaseTuner calls {name} no more"
-    assert "self._create_and_replace(" in source
-    load = inspect.getsource(peft.set_peft_model_state_dict)
-    assert "._remap_adapter_state_dict_for_load(" in load, "a damaged adapter would be loaded without a word"
-    save = inspect.getsource(peft.get_peft_model_state_dict)
-    assert "._get_adapter_state_dict(" in save and "_remove_adapter_name_from_key" in save
-
-
-def test_the_attributes_of_a_tuner_layer_are_those_that_we_set() -> None:
-    for name, value in {"_disable_adapters": False, "_active_adapter": "default", "merged_adapters": []}.items():
-        assert getattr(BaseTunerLayer, name) == value, f"peft {peft.__version__}: BaseTunerLayer.{name} has changed"
-    for name in ("disable_adapters", "active_adapter", "active_adapters", "weight", "bias"):
-        assert isinstance(getattr(BaseTunerLayer, name), property), f"peft {peft.__version__}: {name} is no property"
-    assert BaseTunerLayer.adapter_layer_names == ()
-
-
-def test_types_are_members_of_the_enumeration_like_its_own() -> None:
-    for method in CONFIGS:
-        name = f"MODMOE_{method.upper()}"
-        member = PeftType(name)
-        assert member is PeftType[name] is getattr(PeftType, name)
-        assert member == name and member.value == member.name == name and isinstance(member, PeftType)
-        assert member in list(PeftType) and list(PeftType).count(member) == 1
-        assert copy.deepcopy(member) is member and json.dumps(member) == f'"{name}"'
-    assert PeftType("LORA") is PeftType.LORA
-
-
-def test_the_peft_that_runs_is_one_that_is_allowed(repository: Path) -> None:
-    wanted = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["dependencies"]
-    (bounds,) = [line for line in wanted if line.startswith("peft")]
-    low, high = re.fullmatch(r"peft>=(\d+\.\d+),<(\d+\.\d+)", bounds).groups()
-    installed = ".".join(version("peft").split(".")[:2])
-    assert installed == low, f"tested with peft {installed}, and {bounds} is what pyproject.toml allows"
-    assert int(high.split(".")[1]) == int(low.split(".")[1]) + 1, "its private parts may change with every minor"
-
-
-def test_every_method_has_a_configuration() -> None:
-    assert set(CONFIGS) == set(METHODS)
-    assert all(config().peft_type == f"MODMOE_{method.upper()}" for method, config in CONFIGS.items())
-
-
-# Saving and loading
-
-
-class Saved(NamedTuple):
-    directory: Path
-    base: Path
-    before: Tensor
-    after: Tensor
-    model: Any
-
-
-def read_base(directory: Path, family: str, **more: Any) -> Any:
-    implementation = {"experts_implementation": "eager"} if family in MOE else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, **implementation, **more)
-
-
-_READ: dict[Path, Any] = {}
-
-
-def load_base(directory: Path, family: str) -> Any:
-    """Return a copy of what was read from a directory, which is read once."""
-    if directory not in _READ:
-        _READ[directory] = read_base(directory, family)
-    return copy.deepcopy(_READ[directory])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Saved]:
-    """Return what makes, once, a trained and saved adapter of a method on a saved base model."""
-    home = tmp_path_factory.mktemp("adapters")
-    made: dict[tuple[str, str], Saved] = {}
-
-    def make(method: str, family: str) -> Saved:
-        if (method, family) not in made:
-            base = home / family
-            if not base.exists():
-                base_model(family).save_pretrained(base)
-            model = load_base(base, family)
-            before = logits_of(model)
-            torch.manual_seed(3)
-            model = get_peft_model(model, config_for(method))
-            train(model)
-            directory = home / f"{method}-{family}"
-            model.save_pretrained(directory)
-            made[method, family] = Saved(directory, base, before, logits_of(model), model)
-        return made[method, family]
-
-    return make
 
 
 def differ(first: Tensor, second: Tensor) -> float:
@@ -235,10 +78,11 @@ def test_a_saved_adapter_loads_in_every_way(method: str, family: str, saved: Any
     assert torch.equal(logits_of(native), made.after)
     native.disable_adapters()
     assert torch.equal(logits_of(native), made.before)
-    again = PeftModel.from_pretrained(load_base(made.base, family), made.directory, is_trainable=True)
-    assert {name for name, weight in again.named_parameters() if weight.requires_grad} == {
-        name for name, _ in adapter_parameters(again)
-    }
+    if (method, family) in ONE_EACH:
+        again = PeftModel.from_pretrained(load_base(made.base, family), made.directory, is_trainable=True)
+        assert {name for name, weight in again.named_parameters() if weight.requires_grad} == {
+            name for name, _ in adapter_parameters(again)
+        }
 
 
 def test_saved_adapters_load_in_a_new_process(saved: Any, tmp_path: Path) -> None:
@@ -278,14 +122,14 @@ def test_the_file_holds_every_parameter_and_the_configuration_says_for_what(
     method: str, family: str, saved: Any
 ) -> None:
     made = saved(method, family)
-    tensors = load_file(made.directory / FILE)
+    tensors = load_file(made.directory / ADAPTER_FILE)
     expected = {
         name.replace(f".modmoe_{method}.default.", f".modmoe_{method}."): weight
         for name, weight in adapter_parameters(made.model)
     }
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], weight) for name, weight in expected.items())
-    held = json.loads((made.directory / CONFIG).read_text())
+    held = json.loads((made.directory / CONFIG_FILE).read_text())
     assert held["peft_type"] == f"MODMOE_{method.upper()}"
     assert held["layout"] == LAYOUT
     assert held["base_fingerprint"] == fingerprint(base_model(family))
@@ -331,7 +175,10 @@ def test_several_adapters_on_one_model(method: str, family: str, tmp_path: Path)
     with pytest.raises(AdapterError, match="add_weighted_adapter"):
         model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "both")
     model.save_pretrained(tmp_path / "again", selected_adapters=["second"])
-    assert load_file(tmp_path / "again" / "second" / FILE).keys() == load_file(tmp_path / "second" / FILE).keys()
+    assert (
+        load_file(tmp_path / "again" / "second" / ADAPTER_FILE).keys()
+        == load_file(tmp_path / "second" / ADAPTER_FILE).keys()
+    )
     with pytest.warns(UserWarning, match="Setting active adapter to first"):
         model.delete_adapter("second")
     assert torch.equal(logits_of(model), alone["first"])
@@ -443,217 +290,10 @@ def test_an_adapter_is_float32_on_a_half_precision_base(method: str, family: str
     after = logits_of(model)
     assert after.dtype == torch.bfloat16 and differ(after, expected) > 1e-3
     model.save_pretrained(tmp_path)
-    assert {weight.dtype for weight in load_file(tmp_path / FILE).values()} == {torch.float32}
+    assert {weight.dtype for weight in load_file(tmp_path / ADAPTER_FILE).values()} == {torch.float32}
     loaded = PeftModel.from_pretrained(base_model(family).to(torch.bfloat16), tmp_path)
     assert torch.equal(logits_of(loaded), after)
     native = base_model(family).to(torch.bfloat16)
     native.load_adapter(tmp_path)
     assert {weight.dtype for _, weight in adapter_parameters(native)} == {torch.float32}
     assert torch.equal(logits_of(native), after)
-
-
-# What is refused, in one line
-
-
-def refused(words: str) -> Any:
-    """Expect an AdapterError of one line that has ``words``; it is a ValueError too."""
-    assert issubclass(AdapterError, ValueError)
-    return pytest.raises(AdapterError, match=rf"\A(?=.*{words})[^\n]*\Z")
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_names_that_match_nothing_are_told_what_there_is(method: str) -> None:
-    family = dict(ONE_EACH)[method]
-    for target in (["q_porj"], "q_porj"):
-        with refused(r"target_modules: 'q_porj' names no layer.*there are \w+"):
-            get_peft_model(base_model(family), config_for(method, target_modules=target))
-    with refused("layers_to_transform|target_modules"):
-        get_peft_model(base_model(family), config_for(method, layers_to_transform=[7]))
-
-
-@pytest.mark.parametrize(("method", "family"), REFUSED)
-def test_a_model_of_the_wrong_kind_is_refused(method: str, family: str) -> None:
-    with refused(method):
-        get_peft_model(base_model(family), config_for(method))
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_settings_that_contradict_each_other_are_refused(method: str) -> None:
-    family, settings = dict(ONE_EACH)[method], config_for(method).settings()
-    wrong: dict[str, Any] = {"r": 0, "num_experts": -1, "lora_dropout": 1.5}
-    if hasattr(settings, "top_k"):
-        wrong["top_k"] = 99
-    for name, value in wrong.items():
-        if hasattr(settings, name):
-            base = base_model(family)
-            with refused(f"{method}.*{name}: {value}"):
-                get_peft_model(base, config_for(method, **{name: value}))
-            assert not hasattr(base, "peft_config") and torch.equal(logits_of(base), logits_of(base_model(family)))
-    with refused("exclude_modules"):
-        config_for(method, exclude_modules=["q_proj"])
-
-
-def test_unknown_methods_settings_and_small_budgets_are_refused() -> None:
-    model = base_model("llama")
-    with refused(r"adapter\.method: no method 'comoll'\. Did you mean 'comol'\?"):
-        solve_budget("comoll", model, 1000)
-    with refused(r"adapter\.method: no method 'comoll'"):
-        make_config("comoll", {})
-    with refused(r"adapter\.settings\.num_expert: comol has no such setting\. Did you mean 'num_experts'\?"):
-        make_config("comol", {"num_expert": 3})
-    with refused("adapter.settings.rank"):
-        solve_budget("comol", model, 1000, rank=3)
-    with refused("budget: 10 parameters are too few for comol; its smallest has [0-9]+"):
-        solve_budget("comol", model, 10)
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_a_budget_is_kept(method: str) -> None:
-    model = base_model(dict(ONE_EACH)[method])
-    most = 3 * config_for(method).num_parameters(model)
-    config = solve_budget(method, model, most)
-    assert 0.8 * most <= config.num_parameters(model) <= most
-
-
-def other_base(family: str) -> Any:
-    """Return a model of the same shapes with other weights."""
-    model = base_model(family)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
-    return model
-
-
-@pytest.mark.parametrize("method", CONFIGS)
-def test_an_adapter_of_another_base_is_refused(method: str, saved: Any) -> None:
-    family = dict(ONE_EACH)[method]
-    made = saved(method, family)
-    with refused("base model: the adapter was made for .*not for this model"):
-        PeftModel.from_pretrained(other_base(family), made.directory)
-    native = other_base(family)
-    with refused("base model: the adapter was made for .*not for this model"):
-        native.load_adapter(made.directory)
-    assert torch.equal(logits_of(native), logits_of(other_base(family)))
-    # beside an adapter that belongs there
-    model = get_peft_model(other_base(family), config_for(method))
-    with refused("base model: the adapter was made for .*not for this model"):
-        model.load_adapter(made.directory, adapter_name="foreign")
-    assert list(model.peft_config) == ["default"]
-    native.add_adapter(config_for(method))
-    with warnings.catch_warnings(), refused("base model: the adapter was made for"):
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        native.load_adapter(made.directory, adapter_name="foreign")
-    assert list(native.peft_config) == ["default"]
-
-
-def test_an_adapter_of_another_method_is_refused() -> None:
-    model = adapted_model("comol", "llama")
-    with pytest.raises(ValueError, match="different peft types"):
-        model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
-
-
-def damage(made: Saved, directory: Path, change: Callable[[dict[str, Tensor]], None], **config: Any) -> Path:
-    """Write a changed copy of a saved adapter."""
-    directory.mkdir()
-    tensors = load_file(made.directory / FILE)
-    change(tensors)
-    save_file(tensors, directory / FILE, metadata={"format": "pt"})
-    held = json.loads((made.directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps({**held, **config}))
-    return directory
-
-
-def lose(tensors: dict[str, Tensor], word: str) -> None:
-    del tensors[next((name for name in tensors if word in name), next(iter(tensors)))]
-
-
-def spoil(tensors: dict[str, Tensor]) -> None:
-    name = sorted(tensors)[-1]
-    tensors[name] = tensors[name].clone()
-    tensors[name].view(-1)[-1] = torch.nan
-
-
-def rename(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{next(iter(tensors))}X"] = torch.zeros(2)
-
-
-def widen(tensors: dict[str, Tensor]) -> None:
-    name = next(iter(tensors))
-    tensors[name] = torch.cat([tensors[name], tensors[name]])
-
-
-DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "a missing router": (lambda tensors: lose(tensors, ".router_"), "adapter 'default': lacks 1 of [0-9]+ tensors"),
-    "an extra tensor": (rename, "adapter 'default': has .*X, which this adapter does not"),
-    "a stranger": (lambda tensors: tensors.update(banana=torch.zeros(2)), "adapter 'default': has banana"),
-    "a wrong shape": (widen, "adapter 'default': .* has the shape .*, not "),
-    "a NaN": (spoil, "adapter 'default': .* not finite"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("method", CONFIGS)
-def test_a_damaged_file_is_refused(method: str, kind: str, saved: Any, tmp_path: Path) -> None:
-    made, (change, words) = saved(method, dict(ONE_EACH)[method]), DAMAGE[kind]
-    directory = damage(made, tmp_path / "damaged", change)
-    with refused(words):
-        PeftModel.from_pretrained(load_base(made.base, dict(ONE_EACH)[method]), directory)
-    model = PeftModel.from_pretrained(load_base(made.base, dict(ONE_EACH)[method]), made.directory)
-    with refused(words.replace("default", "second")):
-        model.load_adapter(directory, adapter_name="second")
-
-
-@pytest.mark.parametrize("kind", ["a missing router", "a NaN"])
-@pytest.mark.parametrize("method", CONFIGS)
-def test_transformers_own_loading_refuses_a_damaged_file_too(
-    method: str, kind: str, saved: Any, tmp_path: Path
-) -> None:
-    made, (change, _) = saved(method, dict(ONE_EACH)[method]), DAMAGE[kind]
-    model = load_base(made.base, dict(ONE_EACH)[method])
-    with refused("adapter 'default': .* has values that are not finite; the file lacks it or is damaged"):
-        model.load_adapter(damage(made, tmp_path / "damaged", change))
-
-
-def test_an_unknown_layout_is_refused(saved: Any, tmp_path: Path) -> None:
-    made = saved("comol", "llama")
-    directory = damage(made, tmp_path / "newer", lambda tensors: None, layout="modmoe-adapters-9")
-    words = f"layout: the adapter's tensors are laid out as 'modmoe-adapters-9'; this version reads {LAYOUT}"
-    with refused(words):
-        PeftModel.from_pretrained(load_base(made.base, "llama"), directory)
-    with refused(words):
-        load_base(made.base, "llama").load_adapter(directory)
-
-
-# Telling one base model from another
-
-
-@pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_a_fingerprint_does_not_depend_on_how_the_model_was_loaded(family: str, tmp_path: Path) -> None:
-    base_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
-    narrow = read_base(tmp_path, family, dtype=torch.bfloat16)
-    wide = read_base(tmp_path, family, dtype=torch.float32)
-    found = fingerprint(wide)
-    assert found is not None and found == fingerprint(narrow)
-    wide.resize_token_embeddings(80)
-    assert fingerprint(wide) == found
-    get_peft_model(narrow, config_for("comol"))
-    assert fingerprint(narrow) == found
-    assert not same_base(found, fingerprint(base_model("qwen3")))
-    for name in ("model.norm.weight", "model.layers.1.self_attn.v_proj.weight"):
-        other = read_base(tmp_path, family)
-        with torch.no_grad():
-            other.get_parameter(name).mul_(1.5)
-        assert not same_base(found, fingerprint(other)), name
-    with torch.device("meta"):
-        assert fingerprint(from_config(family)) is None
-
-
-def test_a_quantized_base_is_told_by_its_vectors() -> None:
-    model = base_model("llama")
-    found = fingerprint(model)
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    quantized = fingerprint(model)
-    assert quantized.endswith("-quantized") and same_base(found, quantized)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
-    assert not same_base(found, fingerprint(model))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.adapters.attach import Site, attach, measure
+from modmoe.adapters.attach import Site, attach
 from modmoe.adapters.base import SiteShape
 from modmoe.adapters.expert_lora import ExpertLoRA, ExpertLoRASettings, from_peft_layout, to_peft_layout
 from modmoe.adapters.passes import Frame, Pass
@@ -26,6 +26,7 @@ from modmoe.adapters.perft import (
     folded_settings,
 )
 from modmoe.adapters.sparmoe import SparMoE, SparMoESettings
+from modmoe.adapters.targets import measure
 from tests.blocks import (
     CONFIGS,
     EXPERTS,
@@ -272,7 +273,7 @@ def test_what_is_measured():
 @pytest.mark.parametrize(
     ("make", "kind", "settings", "message"),
     [
-        (lambda: dense_model("llama"), PerftE, PerftESettings(), "none of its kind, block with a router"),
+        (lambda: dense_model("llama"), PerftE, PerftESettings(), "needs one of the kind block with a router"),
         (
             lambda: dense_model("llama"),
             PerftR,
@@ -289,7 +290,7 @@ def test_what_is_measured():
         (lambda: moe_model("olmoe"), PerftR, PerftRSettings(weight_source="bsae"), "weight_source: 'bsae'"),
         (lambda: moe_model("olmoe"), PerftS, PerftSSettings(expert="adapter"), "expert: 'adapter'"),
         (lambda: moe_model("olmoe"), SparMoE, SparMoESettings(dropout=1.0), "dropout: 1.0"),
-        (lambda: dense_model("llama"), ExpertLoRA, ExpertLoRASettings(), "none of its kind, experts"),
+        (lambda: dense_model("llama"), ExpertLoRA, ExpertLoRASettings(), "needs one of the kind experts"),
         (gpt_oss, ExpertLoRA, ExpertLoRASettings(), "transposed and bias"),
     ],
 )

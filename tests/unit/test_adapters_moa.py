@@ -14,9 +14,11 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from modmoe.adapters.attach import CONTEXT, SiteShape, add_adapter, attach, detach, measure
+from modmoe.adapters.attach import CONTEXT, add_adapter, attach, detach
+from modmoe.adapters.base import SiteShape
 from modmoe.adapters.moa import TYPES, MoA, SoftMoA, SoftMoASettings, SparseMoA, SparseMoASettings
 from modmoe.adapters.moa_prefix import AttentionPrefix
+from modmoe.adapters.targets import measure
 from tests import reference_moa
 from tests.reference_moa import CASES, adapters_of, base, grads, made, randomise
 from tests.tiny import token_ids
@@ -293,7 +295,7 @@ def test_frames_keep_no_activations(case: str) -> None:
     for frame in getattr(model, CONTEXT)._frames.values():
         # the weights alone, so that checkpointing saves memory
         kept = [value for value in frame.values.values() if isinstance(value, Tensor)]
-        assert [tuple(value.shape) for value in kept] == [(26, len(adapters_of(model)[0].types))]
+        assert {tuple(value.shape) for value in kept} <= {(26, len(adapters_of(model)[0].types))}
         assert len(frame.values) == 1
 
 
