@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +210,11 @@ def _write_tied(source: Source, writer: CheckpointWriter) -> Written:
 def _write_alone(source: Source, partial: Path, output: Path) -> Written:
     """Write a clean PEFT directory: nothing of a trainer, and a base model that is still found."""
     config = {**read_adapter_config(source.directory), "inference_mode": True}
+    tensors, more = load_file(source.directory / ADAPTER_WEIGHTS), {}
+    if source.method == "perft_d" and int(config.get("num_experts", 1)) > 1:
+        # several adapters that are always on are one of their ranks together: fewer products, the same numbers
+        config, tensors = _folded_to_single(source, config)
+        more = {"folding": {"kind": "exact", "into": "perft_s"}}
     named, warnings = str(config["base_model_name_or_path"]), []
     found = local_base(source.directory)
     if found is not None:
@@ -217,7 +223,7 @@ def _write_alone(source: Source, partial: Path, output: Path) -> Written:
         warnings.append(
             f"the base model is named by a path, '{named}'; write its Hub id into {ADAPTER_CONFIG} before you share it."
         )
-    save_file(load_file(source.directory / ADAPTER_WEIGHTS), partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (partial / ADAPTER_WEIGHTS).chmod(0o644)
     write_json(partial / ADAPTER_CONFIG, config)
     if (source.directory / RECIPE).is_file():
@@ -230,7 +236,21 @@ def _write_alone(source: Source, partial: Path, output: Path) -> Written:
         stored=stored,
         options=options,
         warnings=warnings,
+        more=more,
     )
+
+
+def _folded_to_single(source: Source, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return configuration and tensors of the PERFT-S that computes what a PERFT-D does."""
+    from modmoe.export.folded import fold_to_single
+
+    single = fold_to_single(source.load())
+    with tempfile.TemporaryDirectory() as scratch:
+        single.save_pretrained(scratch)
+        made = read_adapter_config(Path(scratch))
+        tensors = load_file(Path(scratch) / ADAPTER_WEIGHTS)
+    kept = ("base_model_name_or_path", "revision", "inference_mode")
+    return {**made, **{name: config.get(name) for name in kept}}, tensors
 
 
 def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Written:
