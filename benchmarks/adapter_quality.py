@@ -184,7 +184,10 @@ def sweep(args: argparse.Namespace, method: str, held: dict[str, str]) -> dict[s
         "parameters": by_rate[best][0]["parameters"],
         "settings": {name: getattr(config, name) for name in ("r", "num_experts", "top_k") if hasattr(config, name)},
         "step_s": statistics.median(run["step_s"] for run in by_rate[best]),
-        "rates": {str(rate): [run["told"] for run in runs] for rate, runs in by_rate.items()},
+        "rates": {
+            str(rate): {half: [run[half] for run in runs] for half in ("choose", "told")}
+            for rate, runs in by_rate.items()
+        },
     }
 
 

@@ -80,6 +80,8 @@ ONE_EACH = [
     next((method, family) for family in ("llama", "olmoe") if not refuses(method, family)) for method in CONFIGS
 ]
 """Every method once, on a dense model where it takes one."""
+LAYOUTS = [pair for pair in ONE_EACH if pair[0] in ("comol", "soft_moa", "ldmole", "perft_e")]
+"""Each way of keeping tensors once: at many layers, all in one place a layer, shared by layers, in an MoE's experts."""
 
 
 def with_balance(method: str) -> dict[str, Any]:

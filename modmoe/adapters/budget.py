@@ -26,8 +26,8 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     """Return the method's configuration that adds at most ``parameters`` to ``model``, and nearly as many.
 
     The rank is solved first, with the number of experts as the method has it (or as given); where that leaves more
-    than a tenth unused, or even rank 1 is too much, the number of experts is solved too. The scale lora_alpha / r
-    stays.
+    than a tenth unused, or even rank 1 is too much, the number of experts is solved too: the nearest to what the method
+    has, two at least. The scale lora_alpha / r stays.
 
     Args:
         method: a key of METHODS.
@@ -46,27 +46,34 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     has_rank = "r" in fields and "r" not in settings
     has_experts = "num_experts" in fields and "num_experts" not in settings
     usual = int(getattr(start, "num_experts", 1))
-    fewest = getattr(start, "top_k", None) or 1
+    # of a mixture at least two experts are left, or it would be none
+    fewest = max(getattr(start, "top_k", None) or 1, min(usual, 2))
     found: list[tuple[int, int, RoutedConfig]] = []
 
     def consider(experts: int) -> int:
         config = _with(start, num_experts=experts) if has_experts else start
-        best = _largest_rank(config, model, parameters) if has_rank else config
+        best = _largest(config, model, parameters, "r") if has_rank else config
         if best is None or (count := best.num_parameters(model)) > parameters:
             return 0
-        found.append((count, -abs(experts - usual), best))
+        found.append((count, abs(experts - usual), best))
         return count
 
-    if consider(usual) < (1 - _NEAR) * parameters and has_experts:
-        for experts in range(fewest, 2 * usual + 1 if has_rank else _MOST):
-            if not consider(experts) and not has_rank:
-                break  # more experts only cost more
+    if not has_rank and has_experts:
+        largest = _largest(start, model, parameters, "num_experts")
+        if largest is not None and largest.num_experts >= fewest:  # type: ignore[attr-defined]
+            return largest
+    elif consider(usual) < (1 - _NEAR) * parameters and has_experts:
+        for experts in range(fewest, 2 * usual + 1):
+            consider(experts)
     if not found:
         least = _with(start, **({"r": 1} if has_rank else {}), **({"num_experts": fewest} if has_experts else {}))
         raise AdapterError(
             f"budget: {parameters} parameters are too few for {method}; its smallest has {least.num_parameters(model)}."
         )
-    return max(found, key=lambda item: item[:2])[2]
+    near = [item for item in found if item[0] >= (1 - _NEAR) * parameters]
+    if near:
+        return min(near, key=lambda item: (item[1], getattr(item[2], "num_experts", 1)))[2]
+    return max(found, key=lambda item: item[0])[2]
 
 
 def make_config(method: str, settings: dict[str, Any]) -> RoutedConfig:
@@ -79,9 +86,11 @@ def make_config(method: str, settings: dict[str, Any]) -> RoutedConfig:
     return kind(**settings)
 
 
-def _largest_rank(config: RoutedConfig, model: nn.Module, parameters: int) -> RoutedConfig | None:
-    def count(rank: int) -> int:
-        return _with(config, r=rank).num_parameters(model)
+def _largest(config: RoutedConfig, model: nn.Module, parameters: int, field: str) -> RoutedConfig | None:
+    """Return ``config`` with the largest ``field`` that fits, or None where 1 is too much already."""
+
+    def count(value: int) -> int:
+        return _with(config, **{field: value}).num_parameters(model)
 
     if count(1) > parameters:
         return None
@@ -91,7 +100,7 @@ def _largest_rank(config: RoutedConfig, model: nn.Module, parameters: int) -> Ro
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= parameters else (low, middle)
-    return _with(config, r=low)
+    return _with(config, **{field: low})
 
 
 def _with(config: Any, **changes: Any) -> RoutedConfig:

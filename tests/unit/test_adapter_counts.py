@@ -164,6 +164,16 @@ def test_budget_keeps_the_scale_and_what_is_given():
     assert config.lora_alpha / config.r == 2
 
 
+def test_budget_takes_the_experts_nearest_to_the_methods_own_and_never_one_alone():
+    # with its 8 experts LD-MoLE has more than that at rank 1
+    model = outline("llama-3.1-8b")
+    config = solve_budget("ldmole", model, 20_000_000, lambda_width=8)
+
+    assert 2 <= config.num_experts < 8
+    more = make_config("ldmole", {"r": 1, "num_experts": config.num_experts + 1, "lambda_width": 8})
+    assert more.num_parameters(model) > 20_000_000
+
+
 def test_budget_too_small_names_the_smallest():
     with pytest.raises(AdapterError, match=r"budget: 1000 parameters are too few for comol; its smallest has \d+\."):
         solve_budget("comol", outline("llama-3.1-8b"), 1000)
