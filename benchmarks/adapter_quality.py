@@ -227,7 +227,9 @@ def main() -> None:
     Console().print(table)
     if args.json:
         versions = {"modmoe": modmoe.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        settings = {key: str(value) for key, value in vars(args).items() if key not in ("model", "train", "eval", "json")}
+        settings = {
+            key: str(value) for key, value in vars(args).items() if key not in ("model", "train", "eval", "json")
+        }
         found = {
             "device": platform.processor() or "cpu",
             "date": datetime.date.today().isoformat(),

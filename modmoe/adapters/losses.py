@@ -113,13 +113,13 @@ def total_loss(
     merged = _merge(learning) if scope == "all" else learning
     sums: dict[str, list[Tensor]] = {}
     for route in merged:
-        tokens = route.probs_TE.shape[0]
-        mask_T = None
-        if counted_T is not None and tokens % counted_T.numel() == 0:
-            mask_T = counted_T.to(route.probs_TE.device).repeat(tokens // counted_T.numel())
-        for name, factor in [*route.loss_weights.items(), *(more or {}).items()]:
+        mask_T = _mask(route, counted_T)
+        for name in dict.fromkeys([*route.loss_weights, *(more or {})]):
+            factor = route.loss_weights.get(name, 0.0) + (more or {}).get(name, 0.0)
             if factor:
                 sums.setdefault(name, []).append(factor * LOSSES[name](route, mask_T))
+    for route in learning:
+        mask_T = _mask(route, counted_T)
         for name, value in route.extra.items():
             counted = value if value.dim() == 0 else _counted(value, mask_T).mean()
             sums.setdefault(f"extra {name}", []).append(counted)
@@ -127,6 +127,14 @@ def total_loss(
         return None
     device = next(iter(sums.values()))[0].device
     return torch.stack([torch.stack([loss.to(device) for loss in values]).mean() for values in sums.values()]).sum()
+
+
+def _mask(route: Route, counted_T: Tensor | None) -> Tensor | None:
+    """Return which of a route's tokens count; a merged route has those of several layers in a row."""
+    tokens = route.probs_TE.shape[0]
+    if counted_T is None or tokens % counted_T.numel():
+        return None
+    return counted_T.to(route.probs_TE.device).repeat(tokens // counted_T.numel())
 
 
 def _counted(values_TE: Tensor, counted_T: Tensor | None) -> Tensor:
@@ -152,15 +160,4 @@ def _merge(routes: Sequence[Route]) -> list[Route]:
                 loss_weights=first.loss_weights,
             )
         )
-        merged += [
-            Route(
-                site=route.site,
-                probs_TE=route.probs_TE,
-                weights_TE=route.weights_TE,
-                chosen_TE=route.chosen_TE,
-                extra=route.extra,
-            )
-            for route in group
-            if route.extra
-        ]
     return merged

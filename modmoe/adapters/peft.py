@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from modmoe.adapters.attach import Site, add_adapter, attach_site, context_of, detach
+from modmoe.adapters.attach import CONTEXT, Site, add_adapter, attach_site, context_of, detach
 from modmoe.adapters.base import RoutedAdapter
 from modmoe.adapters.fingerprint import fingerprint, same_base
 from modmoe.adapters.methods import METHODS, Method
@@ -178,10 +178,16 @@ class RoutedTuner(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        context = context_of(model)
-        context.loss_scope, context.counts = config.loss_scope, config.loss_tokens
-        context.more_losses = {"z": config.z_loss_weight, "importance": config.importance_loss_weight}
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Switch to an adapter and to the router losses that its configuration asks for; of several, the first's."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if names and hasattr(self.model, CONTEXT):
+            config: Any = self.peft_config[names[0]]
+            context = context_of(self.model)
+            context.loss_scope, context.counts = config.loss_scope, config.loss_tokens
+            context.more_losses = {"z": config.z_loss_weight, "importance": config.importance_loss_weight}
 
     def _check(self, model: nn.Module, adapter_name: str) -> None:
         # a copy, since what is filled in belongs to this model
@@ -202,7 +208,9 @@ class RoutedTuner(BaseTuner):
                 f"base model: the adapter was made for {config.base_model_name_or_path or 'another model'} (weights "
                 f"{config.base_fingerprint}), not for this model ({found}); load the base model it was trained on."
             )
-        parameter_shapes(config, model)  # complains before anything is attached
+        shapes = parameter_shapes(config, model)  # complains before anything is attached
+        if (config.z_loss_weight or config.importance_loss_weight) and not any("router" in name for name in shapes):
+            raise AdapterError(f"z_loss_weight, importance_loss_weight: {config.method} has no router; leave them 0.")
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config

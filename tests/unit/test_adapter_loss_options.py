@@ -83,3 +83,31 @@ def test_a_trainer_that_adds_up_gradients_can_scale_the_loss() -> None:
 def test_unknown_words_are_refused(field: str, value: str) -> None:
     with pytest.raises(AdapterError, match=f"{field}: no such value '{value}'. Did you mean"):
         config_for("comol", **{field: value})
+
+
+def test_they_are_those_of_the_active_adapter() -> None:
+    model = adapted_model("comol", "llama", z_loss_weight=1.0).train()
+    model.add_adapter("plain", config_for("comol"))
+    found = []
+    for name in ("default", "plain", "default"):
+        model.set_adapter(name)
+        model(input_ids=token_ids())
+        found.append(context(model).loss)
+    assert found[0] is not None and found[1] is None
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_over_all_layers_a_methods_own_losses_are_not_counted_among_routers() -> None:
+    """The z-loss is a mean over tokens, so that the scope changes nothing where every layer has as many."""
+    found = []
+    for scope in ("layer", "all"):
+        options = {"z_loss_weight": 1.0, "balance_weight": 0.0, "sparsity_weight": 1.0, "loss_scope": scope}
+        model = adapted_model("ldmole", "llama", **options).train()
+        model(input_ids=token_ids())
+        found.append(context(model).loss)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_method_without_a_router_has_none_to_lose() -> None:
+    with pytest.raises(AdapterError, match="perft_s has no router; leave them 0"):
+        adapted_model("perft_s", "llama", z_loss_weight=1.0)
