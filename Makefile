@@ -61,8 +61,9 @@ sizes:
 	@find modmoe cli recipes benchmarks tests -name '*.py' -exec wc -l {} + \
 		| awk '$$2 != "total" && $$1 > 400 { print $$2 ": " $$1 " lines; split it, 400 is the most"; bad = 1 } END { exit bad }'
 
+# one process a core, one file a process; each computes on one thread, so that they do not wait for each other
 unit: $(STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 wheel: $(STAMP)
 	rm -rf dist

@@ -296,7 +296,7 @@ def test_frames_keep_no_activations(case: str) -> None:
         # the weights alone, so that checkpointing saves memory
         kept = [value for value in frame.values.values() if isinstance(value, Tensor)]
         assert {tuple(value.shape) for value in kept} <= {(26, len(adapters_of(model)[0].types))}
-        assert len(frame.values) == 1
+        assert len(frame.values) <= 1
 
 
 @pytest.mark.parametrize("case", ["soft, normed", "sparse, constant"])
