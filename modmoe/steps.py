@@ -241,6 +241,9 @@ def finetune(
     ``modmoe finetune --json`` prints.
     """
     resolved = resolve_recipe("finetune", source, recipe, keywords)
+    for flag in ("adapter", "budget"):
+        if keywords.get(flag) is not None and resolved.finetune.train != "adapters":
+            raise RecipeError(f"--{flag}: belongs to --train adapters; leave it out or train them.")
     _need_source_and_tasks("finetune", resolved)
     from modmoe.finetune.train import finetune as run
 

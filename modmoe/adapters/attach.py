@@ -239,7 +239,7 @@ def context_of(model: nn.Module, path: str | None = None) -> Context:
             f"{CONTEXT}_handles",
             {
                 "": [
-                    *([model.register_forward_pre_hook(context.begin_model, with_kwargs=True)]),
+                    model.register_forward_pre_hook(context.begin_model, with_kwargs=True),
                     backbone.register_forward_pre_hook(context.begin_pass, with_kwargs=True),
                     backbone.register_forward_hook(context.end_pass, with_kwargs=True),
                 ]

@@ -27,7 +27,10 @@ from .routing import down_and_logits, kaiming_, mix_up
 
 @dataclass(kw_only=True)
 class HydraLoRASettings:
-    """The choices of HydraLoRA; the defaults are those of the published training script."""
+    """The choices of HydraLoRA; the defaults are those of the published training script.
+
+    But for the layers: there the FFN's, here those that its peers are compared on, which an MoE base has too.
+    """
 
     r: int = 4
     """Rank of A and of each head."""

@@ -61,7 +61,9 @@ class Frame:
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """Return what was decided under ``key`` in the layer's first run, or decide: for choices without gradient."""
         if key not in self.decisions:
-            self.decisions[key] = make()
+            # what a first run kept for its gradient and a second run does not make would be an error
+            with torch.no_grad():
+                self.decisions[key] = make()
         return self.decisions[key]
 
     def share(self, key: str, make: Callable[[], Any]) -> Any:

@@ -139,6 +139,7 @@ def refused(room: Path, tmp_path: Path, tasks: dict[str, str]) -> dict[str, tupl
         "needs an MoE": (convert(adapter="perft_e"), "this model has no layer that perft_e can be attached to"),
         "size in bytes": (convert(adapter="comol", fit_bytes=10), "adapters are sized by --budget"),
         "nothing to train": (finetune("dense", train="adapters"), "has no adapters; name one with --adapter METHOD"),
+        "trained otherwise": (finetune("dense", adapter="comol"), "--adapter: belongs to --train adapters"),
         "not its weights": (finetune("adapter", train="lora"), "is an adapter, so its weights are not here"),
         "another adapter": (
             finetune("adapter", train="adapters", adapter="comol"),
