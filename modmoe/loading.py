@@ -39,6 +39,7 @@ __all__ = [
     "TIED_PREFIX",
     "DenseClasses",
     "adapter_method",
+    "causal_lm_classes",
     "dense_classes",
     "is_adapted",
     "is_adapter",
@@ -228,6 +229,16 @@ def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
             home.know(method.adapter, method.settings)
     model_type = getattr(home, str(names[0]))
     return model_type, model_type.config_class
+
+
+def causal_lm_classes(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a checkpoint's causal LM class and its configuration's, of whatever kind; own code only if trusted."""
+    config = read_config(directory)
+    if not str(config.get("model_type")).startswith(TIED_PREFIX):
+        classes = dense_classes(directory, trust_remote_code=trust_remote_code)
+        return classes.causal_lm, classes.config
+    _check_code(directory, config, trust_remote_code)
+    return _own_classes(directory, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from .routing import down_and_logits, kaiming_, mix_up, mixed_weight, normalised
 
 @dataclass(kw_only=True)
 class AdaMoLESettings:
-    """The choices of AdaMoLE; the defaults are those of the published training script, a rank of 32 in all."""
+    """The choices of AdaMoLE; the defaults are those of the published code, a rank of 32 in all."""
 
     r: int = 4
     """Rank of each expert."""
@@ -47,7 +47,7 @@ class AdaMoLESettings:
     tau_max: float | None = None
     """The threshold's upper end; None for 1 / num_experts, under which at least one expert passes."""
     balance_weight: float = 1e-2
-    """Factor of the Switch load balance loss."""
+    """Factor of the Switch load balance loss; the published training script passes 1e-3."""
 
 
 class AdaMoLE(RoutedAdapter):

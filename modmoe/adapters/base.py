@@ -40,7 +40,8 @@ class SiteShape:
     renormalises: bool = True
     """Whether its router divides the chosen probabilities by their sum; True where it is dense."""
     expert_form: str = ""
-    """How the fused experts differ from [E, 2 I, D] and [E, D, I] without bias, in words; empty where they do not."""
+    """How the fused experts differ from [E, 2 I, D] and [E, D, I] without bias, in words; for the kind ``layer``, that
+    its FFN is one whose experts share modules; empty where there is nothing to say."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Input and output width of the linear layers inside, by path from the site, where the kind needs them; with the
     FFN or MoE block itself for the kind ``layer``."""

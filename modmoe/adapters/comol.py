@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Fold, RoutedAdapter, SiteShape
-from .losses import Route
+from .losses import soft_route
 from .passes import Frame
 from .routing import down_and_logits, dropped, kaiming_, mix_up, router_logits
 
@@ -82,15 +82,7 @@ class CoMoL(RoutedAdapter):
         else:
             z_TS, logits_TE = down_and_logits(x_TD, self.down_RD, self.router_EX, dropout)
         probs_TE = logits_TE.softmax(-1)
-        frame.record(
-            Route(
-                site=self.site,
-                probs_TE=probs_TE,
-                weights_TE=probs_TE,
-                chosen_TE=torch.ones_like(probs_TE, dtype=torch.bool),
-                logits_TE=logits_TE,
-            )
-        )
+        frame.record(soft_route(self.site, probs_TE, logits_TE))
         experts, rank, _ = self.cores_ERS.shape
         scaled_TE = self.settings.lora_alpha / rank * probs_TE
         if dropout:

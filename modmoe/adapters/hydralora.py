@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import Fold, RoutedAdapter, SiteShape
-from .losses import Route
+from .losses import soft_route
 from .passes import Frame
 from .routing import down_and_logits, kaiming_, mix_up
 
@@ -73,15 +73,7 @@ class HydraLoRA(RoutedAdapter):
         dropout = self.settings.lora_dropout if self.training else 0.0
         z_TR, logits_TE = down_and_logits(x_TD, self.down_RD, self.router_ED, dropout)
         probs_TE = logits_TE.softmax(-1)
-        frame.record(
-            Route(
-                site=self.site,
-                probs_TE=probs_TE,
-                weights_TE=probs_TE,
-                chosen_TE=torch.ones_like(probs_TE, dtype=torch.bool),
-                logits_TE=logits_TE,
-            )
-        )
+        frame.record(soft_route(self.site, probs_TE, logits_TE))
         scale: float = self.settings.lora_alpha / self.settings.r
         return mix_up(z_TR.repeat(1, self.settings.num_experts), self.up_OER, scale * probs_TE)
 

@@ -38,7 +38,7 @@ EPSILON = 1e-2
 
 @dataclass(kw_only=True)
 class LDMoLESettings:
-    """The choices of LD-MoLE; the defaults are the paper's."""
+    """The choices of LD-MoLE; the defaults are those of the published training scripts."""
 
     r: int = 8
     """Rank of each expert."""
@@ -49,7 +49,7 @@ class LDMoLESettings:
     num_experts: int = 8
     """LoRAs."""
     lambda_width: int = 256
-    """Hidden width of the net that sets lambda."""
+    """Hidden width of the net that sets lambda; the published runs have 256 and 512."""
     balance_weight: float = 1.0
     """Factor of the Switch load balance loss."""
     sparsity_weight: float = 0.0

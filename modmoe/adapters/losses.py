@@ -62,6 +62,17 @@ class Route:
         return self.probs_TE.requires_grad or any(value.requires_grad for value in self.extra.values())
 
 
+def soft_route(site: str, probs_TE: Tensor, logits_TE: Tensor) -> Route:
+    """Return the route of a mixture that has every expert on, weighted by its probability, and no loss."""
+    return Route(
+        site=site,
+        probs_TE=probs_TE,
+        weights_TE=probs_TE,
+        chosen_TE=torch.ones_like(probs_TE, dtype=torch.bool),
+        logits_TE=logits_TE,
+    )
+
+
 def switch_loss(route: Route, counted_T: Tensor | None) -> Tensor:
     """Return the Switch balance loss: 1 where choices and probabilities are even, E where one expert has all."""
     chosen_TE, probs_TE = (

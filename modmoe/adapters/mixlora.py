@@ -81,6 +81,11 @@ class MixLoRA(RoutedAdapter):
     def check(cls, settings: Any, shape: SiteShape) -> None:
         """Raise ValueError where the layer has no dense gated FFN or lacks a projection that is named."""
         super().check(settings, shape)
+        if shape.expert_form:
+            raise ValueError(
+                f"mixlora makes experts of a dense FFN; this one's have {shape.expert_form}; attach mixlora to the "
+                "dense model, or another method here."
+            )
         if not all(f"{FFN}.{part}_proj" in shape.parts for part in ("gate", "up", "down")):
             raise ValueError(
                 f"mixlora needs a dense FFN, '{FFN}', with gate_proj, up_proj and down_proj; choose layers that have "

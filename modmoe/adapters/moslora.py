@@ -25,7 +25,7 @@ from .routing import dropped, kaiming_
 
 @dataclass(kw_only=True)
 class MoSLoRASettings:
-    """The choices of MoSLoRA; the defaults are those of the published training script."""
+    """The choices of MoSLoRA."""
 
     r: int = 16
     """Rank of A, M and B."""

@@ -92,7 +92,7 @@ class PerftRSettings(PerftSSettings):
 
 
 class PerftS(RoutedAdapter):
-    """One adapter beside the block, always on."""
+    """One adapter beside the block, always on; the other three differ in their number and in what weighs them."""
 
     method = "perft_s"
     kind = "block"
@@ -103,77 +103,61 @@ class PerftS(RoutedAdapter):
     def check(cls, settings: Any, shape: SiteShape) -> None:
         """Refuse an unknown kind of expert."""
         super().check(settings, shape)
-        _check(settings)
+        if settings.expert not in ("lora", "parallel"):
+            raise ValueError(f"expert: {settings.expert!r} is neither 'lora' nor 'parallel'.")
+
+    @classmethod
+    def count(cls, settings: Any, shape: SiteShape) -> int:
+        """Return the number of experts."""
+        return 1
 
     @classmethod
     def shapes(cls, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
-        """Return A and B."""
-        return _shapes(1, settings, shape)
+        """Return A and B of all experts."""
+        experts = cls.count(settings, shape)
+        return {"down_ERD": (experts, settings.r, shape.inputs), "up_DER": (shape.outputs, experts, settings.r)}
 
     def reset_parameters(self) -> None:
         """A normal, B zero."""
-        _reset(self)
-
-    def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
-        """Return d(h)."""
-        return _mix(self, x_TD)
-
-
-class PerftD(RoutedAdapter):
-    """Several adapters beside the block, always on."""
-
-    method = "perft_d"
-    kind = "block"
-    down_ERD: Tensor
-    up_DER: Tensor
-
-    @classmethod
-    def check(cls, settings: Any, shape: SiteShape) -> None:
-        """Refuse an unknown kind of expert."""
-        super().check(settings, shape)
-        _check(settings)
-
-    @classmethod
-    def shapes(cls, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
-        """Return A and B of all adapters."""
-        return _shapes(settings.num_experts, settings, shape)
-
-    def reset_parameters(self) -> None:
-        """A normal, B zero."""
-        _reset(self)
+        nn.init.normal_(self.down_ERD, std=math.sqrt(2 / self.settings.r))
+        self.up_DER.zero_()
 
     def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
         """Return sum_e d_e(h)."""
         return _mix(self, x_TD)
 
 
-class PerftE(RoutedAdapter):
+class PerftD(PerftS):
+    """Several adapters beside the block, always on."""
+
+    method = "perft_d"
+
+    @classmethod
+    def count(cls, settings: Any, shape: SiteShape) -> int:
+        """Return the number of adapters."""
+        experts: int = settings.num_experts
+        return experts
+
+
+class PerftE(PerftS):
     """An adapter in each expert of the base model, under the base router."""
 
     method = "perft_e"
-    kind = "block"
     needs_base_router = True
-    down_ERD: Tensor
-    up_DER: Tensor
 
     @classmethod
     def check(cls, settings: Any, shape: SiteShape) -> None:
         """Refuse a dense block."""
         super().check(settings, shape)
-        _check(settings)
         if not shape.num_experts:
             raise ValueError(
                 "perft_e needs an MoE block, whose router it reuses; beside a dense FFN use perft_r or _d."
             )
 
     @classmethod
-    def shapes(cls, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
-        """Return A and B of all experts."""
-        return _shapes(shape.num_experts, settings, shape)
-
-    def reset_parameters(self) -> None:
-        """A normal, B zero."""
-        _reset(self)
+    def count(cls, settings: Any, shape: SiteShape) -> int:
+        """Return the number of the base's experts."""
+        return shape.num_experts
 
     def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
         """Return sum_k g_k d_{i_k}(h)."""
@@ -222,21 +206,17 @@ class PerftE(RoutedAdapter):
         return y_SD.new_zeros(x_TD.shape).index_add(0, token_S, y_SD)
 
 
-class PerftR(RoutedAdapter):
+class PerftR(PerftD):
     """Adapters beside the block with a router of their own."""
 
     method = "perft_r"
-    kind = "block"
     needs_base_router: ClassVar[bool | Literal["maybe"]] = "maybe"
-    down_ERD: Tensor
-    up_DER: Tensor
     router_ED: Tensor
 
     @classmethod
     def check(cls, settings: Any, shape: SiteShape) -> None:
         """Refuse the base router's weights where it has none, or too few."""
         super().check(settings, shape)
-        _check(settings)
         if settings.weight_source not in ("own", "base"):
             raise ValueError(f"weight_source: {settings.weight_source!r} is neither 'own' nor 'base'.")
         if settings.weight_source == "own":
@@ -259,11 +239,11 @@ class PerftR(RoutedAdapter):
     @classmethod
     def shapes(cls, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
         """Return A and B of all experts, and the router."""
-        return {**_shapes(settings.num_experts, settings, shape), "router_ED": (settings.num_experts, shape.inputs)}
+        return {**super().shapes(settings, shape), "router_ED": (settings.num_experts, shape.inputs)}
 
     def reset_parameters(self) -> None:
         """A normal, B zero, the router as the base model's weights began."""
-        _reset(self)
+        super().reset_parameters()
         nn.init.normal_(self.router_ED, std=self.shape.init_range)
 
     def delta(self, x_TD: Tensor, frame: Frame) -> Tensor:
@@ -322,23 +302,6 @@ def folded_settings(settings: PerftDSettings) -> PerftSSettings:
         lora_dropout=settings.lora_dropout,
         expert=settings.expert,
     )
-
-
-def _check(settings: Any) -> None:
-    if settings.expert not in ("lora", "parallel"):
-        raise ValueError(f"expert: {settings.expert!r} is neither 'lora' nor 'parallel'.")
-
-
-def _shapes(experts: int, settings: Any, shape: SiteShape) -> dict[str, tuple[int, ...]]:
-    return {
-        "down_ERD": (experts, settings.r, shape.inputs),
-        "up_DER": (shape.outputs, experts, settings.r),
-    }
-
-
-def _reset(adapter: Any) -> None:
-    nn.init.normal_(adapter.down_ERD, std=math.sqrt(2 / adapter.settings.r))
-    adapter.up_DER.zero_()
 
 
 def _scale(settings: Any) -> float:

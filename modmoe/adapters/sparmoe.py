@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .base import Fold, RoutedAdapter, SiteShape
-from .losses import Route
+from .losses import soft_route
 from .passes import Frame
 from .routing import dropped, router_logits
 
@@ -77,14 +77,6 @@ class SparMoE(RoutedAdapter):
         """Return h * (sum_e p_e l_e) + sum_e p_e b_e for the FFN's output h."""
         logits_TE = router_logits(x_TD, self.router_ED)
         probs_TE = logits_TE.softmax(-1)
-        frame.record(
-            Route(
-                site=self.site,
-                probs_TE=probs_TE,
-                weights_TE=probs_TE,
-                chosen_TE=probs_TE.new_ones(probs_TE.shape).bool(),
-                logits_TE=logits_TE,
-            )
-        )
+        frame.record(soft_route(self.site, probs_TE, logits_TE))
         scaled_TD = dropped(x_TD * (probs_TE @ self.scales_ED), self.settings.dropout, self.training)
         return scaled_TD + probs_TE @ self.biases_ED

@@ -97,8 +97,15 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None if None in sizes else (int(sizes[0]), int(sizes[1]))  # type: ignore[arg-type]
 
 
+def is_tied_ffn(module: nn.Module) -> bool:
+    """Return whether a submodule is the FFN of a ModularMoE, whose experts are sets of modules in one dense layer."""
+    return hasattr(module, "membership")
+
+
 def find_base_router(block: nn.Module) -> nn.Module | None:
-    """Return the router of an MoE block of transformers 5, or None in a dense one."""
+    """Return the router of an MoE block of transformers 5, or None in a dense one and in one of shared modules."""
+    if is_tied_ffn(block):
+        return None
     for child in block.children():
         if type(child).__name__.endswith("Router") and isinstance(getattr(child, "weight", None), Tensor):
             return child
@@ -119,6 +126,7 @@ def measure(model: nn.Module, target: nn.Module, path: str, adapter_class: type[
     parts: dict[str, tuple[int, int]] = {}
     form = ""
     if adapter_class.kind == "layer":
+        form = "shared modules" if any(map(is_tied_ffn, target.modules())) else ""
         for inner, module in target.named_modules():
             inner_sizes = linear_sizes(module)
             if is_block(module, inner):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import copy_companions, resolve_source
 from modmoe.errors import AdapterError, CheckpointError, RecipeError
-from modmoe.loading import dense_classes, load
+from modmoe.loading import causal_lm_classes, load
 from modmoe.recipe import AdapterRecipe, Recipe
 from modmoe.staging import check_output, open_output
 
@@ -47,6 +47,8 @@ def attach_adapters(
     progress("attaching")
     torch.manual_seed(recipe.seed)
     model: Any = load(source, trust_remote_code=recipe.trust_remote_code, device="cpu")
+    if hasattr(model, "set_ffn_way"):
+        model.set_ffn_way("masked")  # the way that adapters inside its FFNs need, so that nothing else differs
     # some tokens spread over the vocabulary, always the same
     ids_BT = (torch.arange(24).reshape(2, 12) * 7919 + 13) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
@@ -80,11 +82,11 @@ def adapter_config(wanted: AdapterRecipe, model: PreTrainedModel) -> Any:
 
 def skeleton(source: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a checkpoint's model without values, from its config.json alone; own code is executed only if trusted."""
-    classes = dense_classes(source, trust_remote_code=trust_remote_code)
+    model_type, config_type = causal_lm_classes(source, trust_remote_code=trust_remote_code)
     try:
-        config = classes.config.from_pretrained(source)
+        config = config_type.from_pretrained(source)
         with torch.device("meta"):
-            model: PreTrainedModel = classes.causal_lm(config)
+            model: PreTrainedModel = model_type(config)
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: transformers cannot build it: {reason[:200]}") from error

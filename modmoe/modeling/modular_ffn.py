@@ -149,7 +149,11 @@ class ModularFFN(nn.Module):
         if self.training or torch.compiler.is_compiling():
             return False
         linears = [self.up_proj, self.down_proj, *([self.gate_proj] if self.gated else [])]
-        return all(type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") for linear in linears)
+        return all(
+            type(linear) is nn.Linear
+            and not (hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks)
+            for linear in linears
+        )
 
     def runs(self, experts: Sequence[int]) -> list[tuple[int, int]]:
         """Return the ranges of neurons, begin and end, of the modules that any of ``experts`` has, in storage order."""
