@@ -5,36 +5,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from modmoe.errors import CheckpointError, RecipeError
+from modmoe.shards import DTYPES, Made, adder, chunks, is_finite, run_all, write_shards
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "modmoe_manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
@@ -139,9 +127,9 @@ class Checkpoint(Mapping[str, Tensor]):
         """Return a tensor's type from the header."""
         file, stored = self._where[name]
         kind = self._open(file).get_slice(stored).get_dtype()
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise CheckpointError(f"{self.directory / file}: '{name}' has type {kind}, which is not supported.")
-        return _DTYPES[kind]
+        return DTYPES[kind]
 
     def add_prefix(self, layers: str) -> None:
         """Name tensors as the causal LM does where the checkpoint was saved from its base model alone (GPT-2's are).
@@ -156,11 +144,21 @@ class Checkpoint(Mapping[str, Tensor]):
                 for name, place in self._where.items()
             }
 
-    def check_finite(self) -> None:
-        """Read every tensor once; raise CheckpointError that names the first with a NaN or an infinity."""
-        for name in self:
-            tensor = self[name]
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    def check_finite(self, report: Callable[[int, int], None] | None = None) -> None:
+        """Read every tensor once; raise CheckpointError that names the first with a NaN or an infinity.
+
+        ``report`` is called with the bytes read and the bytes in all.
+        """
+        sizes = {name: math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self}
+        add = adder(report, sum(sizes.values()))
+
+        def check(name: str) -> bool:
+            finite = is_finite(self[name])
+            add(sizes[name])
+            return finite
+
+        for name, finite in zip(self, run_all(check, self), strict=True):
+            if not finite:
                 raise CheckpointError(
                     f"{self.directory / self._where[name][0]}: '{name}' has values that are not finite; "
                     "the checkpoint is damaged or its training diverged."
@@ -173,38 +171,74 @@ class CheckpointWriter:
     It writes into a directory that ``modmoe.staging.open_output`` renames, so a partial checkpoint never looks whole.
     """
 
-    def __init__(self, directory: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write into the existing ``directory`` in shards of at most ``max_shard_bytes``; a larger tensor is alone."""
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_shard_bytes: int = 5 * 10**9,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write into the existing ``directory`` in shards of at most ``max_shard_bytes``; a larger tensor is alone.
+
+        ``report`` is called with the bytes written and the bytes in all, of all shards that are written at once.
+        """
+        self.directory, self.report = directory, report
         self.max_shard_bytes = max_shard_bytes
         self.sums: dict[str, dict[str, Any]] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Made] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; names are unique."""
+        """Add one tensor, held until its shard is full and not to be changed until then; names are unique.
+
+        What is known beforehand is better given to ``stream``, which holds no tensor.
+        """
+        data = tensor.detach().to("cpu").contiguous()
+        if data.untyped_storage().nbytes() != data.nbytes:
+            # an own copy where the tensor is a view, so that one row does not keep a whole matrix alive
+            data = data.clone()
+        if self._pending and self._pending_bytes + data.nbytes > self.max_shard_bytes:
+            self._flush()
+        self._add(name, Made(data.dtype, tuple(data.shape), lambda: [data]))
+
+    def stream(self, tensors: Mapping[str, Made]) -> None:
+        """Write tensors whose types and shapes are known before they are made; they are made by several threads.
+
+        Raises CheckpointError where a name was written before, a tensor is not made as was said, or a file cannot be
+        written; then the shards begun are gone.
+        """
+        filled: dict[Path, dict[str, Made]] = {}
+        for name, made in tensors.items():
+            if self._pending and self._pending_bytes + made.size_bytes > self.max_shard_bytes:
+                filled.update([self._take_shard()])
+            self._add(name, made)
+        if self._pending:
+            filled.update([self._take_shard()])
+        self._write(filled)
+
+    def _add(self, name: str, made: Made) -> None:
         if name in self.sums:
             raise CheckpointError(f"{self.directory}: '{name}' was written twice.")
-        data = tensor.detach().to("cpu").contiguous()
-        size_bytes = data.numel() * data.element_size()
-        if self._pending and self._pending_bytes + size_bytes > self.max_shard_bytes:
-            self._flush()
-        self.sums[name] = {
-            "sha256": tensor_sha256(data),
-            "shape": list(data.shape),
-            "dtype": str(data.dtype).removeprefix("torch."),
-        }
-        # an own copy where the tensor is a view, so that one row does not keep a whole matrix alive
-        self._pending[name] = data.clone() if data.untyped_storage().nbytes() != size_bytes else data
-        self._pending_bytes += size_bytes
-        self._total_bytes += size_bytes
+        kind = str(made.dtype).removeprefix("torch.")
+        self.sums[name] = {"sha256": "", "shape": list(made.shape), "dtype": kind}
+        self._pending[name] = made
+        self._pending_bytes += made.size_bytes
+        self._total_bytes += made.size_bytes
+
+    def _take_shard(self) -> tuple[Path, dict[str, Made]]:
+        path, tensors = self._temporary(len(self._shards)), self._pending
+        self._shards.append(list(tensors))
+        self._pending, self._pending_bytes = {}, 0
+        return path, tensors
+
+    def _write(self, shards: Mapping[Path, Mapping[str, Made]]) -> None:
+        for name, digest in write_shards(shards, self.report).items():
+            self.sums[name]["sha256"] = digest
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._write(dict([self._take_shard()]))
 
     def _temporary(self, number: int) -> Path:
         return self.directory / f"shard-{number:05d}.safetensors"
@@ -217,8 +251,6 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            # safetensors makes files that only their owner reads
-            self._temporary(number).chmod(0o644)
             self._temporary(number).rename(self.directory / file)
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:
@@ -263,7 +295,7 @@ def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.d
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            return {name: (tuple(one.get_shape()), _DTYPES[one.get_dtype()]) for name, one in slices.items()}
+            return {name: (tuple(one.get_shape()), DTYPES[one.get_dtype()]) for name, one in slices.items()}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
 
@@ -300,8 +332,10 @@ def resolve_base(directory: Path) -> Path:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in memory order (little-endian, C order)."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for chunk in chunks(tensor):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def parse_bytes(text: str, place: str) -> int:

@@ -51,6 +51,10 @@ class FoldMeans:
             raise ValueError(f"is {shapes[self.bias]} where the means are {width} wide")
         return width
 
+    def dtype_of(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        """Return the means' type."""
+        return dtypes[self.means]
+
     def make(self, source: Mapping[str, Tensor]) -> Tensor:
         """Return the bias with the means added, summed in float32 at least."""
         means_SD = source[self.means]

@@ -87,6 +87,11 @@ class Add:
         """Return the source's shape."""
         return shapes[self.name]
 
+    def dtype_of(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        """Return the type asked for, or the source's."""
+        kind = dtypes[self.name]
+        return self.dtype or kind if kind.is_floating_point else kind
+
     def make(self, source: Mapping[str, Tensor]) -> Tensor:
         """Return the sum."""
         weight = source[self.name].detach()
