@@ -1,9 +1,14 @@
-"""The ways of cutting neurons into modules, by name."""
+"""The ways of cutting neurons into modules, by name, and the cut of all layers at once."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
 from typing import Protocol
+
+import torch
 
 from modmoe.analyze.activations import cut_by_activations
 from modmoe.analyze.kmeans import cut_by_keys
@@ -18,6 +23,7 @@ __all__ = [
     "Partition",
     "Partitioner",
     "check_num_modules",
+    "cut_layers",
     "find_partitioner",
     "load_partitions",
     "save_partitions",
@@ -63,3 +69,54 @@ def find_partitioner(name: str) -> Partitioner:
         raise RecipeError(f"partition.method: '{name}' is a {type(found).__name__}, not a function.")
     partitioner: Partitioner = found
     return partitioner
+
+
+def cut_layers(
+    partitioner: Partitioner,
+    read_layer: Callable[[int], tuple[ActivationProfile, FFNWeights]],
+    layers: Sequence[int],
+    num_modules: int,
+    seed: int,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Partition]:
+    """Return the partitions of the layers, several layers at a time; the same whatever the number of threads.
+
+    torch runs on one thread meanwhile, in every thread of the process: sums on several threads differ in their last
+    bits, and a cut turns on them now and then. What a partitioner does, must not depend on other layers.
+
+    Args:
+        partitioner: called from several threads at once.
+        read_layer: returns a layer's profile and weights. Called for one layer at a time, when its turn comes, and what
+            it returns is let go when the layer is cut; so as many layers are in memory as there are threads.
+        layers: the numbers of the layers to cut.
+        num_modules: modules of each layer.
+        seed: the same for every layer.
+        threads: layers at a time; torch's number of threads where it is None.
+        progress: called from this thread with the layers done and all of them.
+
+    Raises:
+        Whatever the partitioner or ``read_layer`` raises, as soon as the layers under way are done.
+    """
+    reading = Lock()
+
+    def cut(layer: int) -> Partition:
+        with reading:
+            profile, weights = read_layer(layer)
+        return partitioner(profile, weights, num_modules, seed)
+
+    report = progress or (lambda done, total: None)
+    report(0, len(layers))
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)
+    try:
+        futures = [pool.submit(cut, layer) for layer in layers]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            report(done, len(layers))
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)

@@ -44,11 +44,11 @@ def same_modules(one_F: Tensor, two_F: Tensor) -> bool:
 def layer_of(rows_SF: Tensor, up_FD: Tensor, gate_FD: Tensor | None = None) -> tuple[ActivationProfile, FFNWeights]:
     zeros_PF = torch.zeros(1, rows_SF.shape[1], dtype=torch.float64)
     tokens = torch.tensor([len(rows_SF)])
-    profile = ActivationProfile(("t",), tokens, zeros_PF, zeros_PF, zeros_PF, zeros_PF, None, rows_SF, len(rows_SF))
+    profile = ActivationProfile(("t",), tokens, zeros_PF, zeros_PF, zeros_PF, None, rows_SF, len(rows_SF))
     return profile, FFNWeights(gate_FD, up_FD, up_FD.T)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "skewed", "ties", "equal"])
+@pytest.mark.parametrize("kind", ["uniform", "skewed", "ties", "equal", "dead", "groups"])
 @pytest.mark.parametrize(("points", "bins"), [(12, 3), (60, 4), (64, 16), (96, 48), (200, 10), (30, 30), (8, 1)])
 def test_balanced_assignment_is_the_optimum(points: int, bins: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(points)
@@ -59,6 +59,12 @@ def test_balanced_assignment_is_the_optimum(points: int, bins: int, kind: str) -
         cost_FM = (cost_FM * 3).floor()
     elif kind == "equal":
         cost_FM = torch.ones_like(cost_FM)
+    elif kind == "dead":
+        cost_FM[: points // 2] = cost_FM[0]
+    elif kind == "groups":
+        # far apart and of unequal size, so that prices must leap
+        group_F = (torch.rand(points, generator=generator).square() * bins).long()
+        cost_FM += 50 * (group_F.unsqueeze(1) != torch.arange(bins))
     bin_F, price_M = assign_balanced(cost_FM)
     assert bin_F.bincount(minlength=bins).tolist() == [points // bins] * bins
     # the same problem with every bin as many columns as it holds points
@@ -87,6 +93,35 @@ def test_kmeans_never_gets_worse_with_more_steps() -> None:
     found = [scatter(balanced_kmeans(features_FX, 6, 0, iterations)) for iterations in (1, 2, 4, 30)]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.95 * scatter(torch.arange(120) % 6)
+
+
+@pytest.mark.parametrize("num_modules", [2, 3, 5, 12, 60])
+def test_kmeans_cuts_any_number_of_modules(num_modules: int) -> None:
+    found_F = balanced_kmeans(torch.randn(120, 9, generator=torch.Generator().manual_seed(4)), num_modules, seed=0)
+    assert found_F.bincount().tolist() == [120 // num_modules] * num_modules
+
+
+def test_kmeans_of_wide_features_counts_all_columns() -> None:
+    truth_F, features_FX = planted(240, 8, 700, 1.0)
+    # the groups differ in a few columns of many
+    features_FX[:, 20:] = torch.randn(240, 680, generator=torch.Generator().manual_seed(5)) * 0.2
+    assert same_modules(balanced_kmeans(features_FX, 8, seed=0), truth_F)
+
+
+def test_kmeans_does_better_than_lloyd() -> None:
+    """Small modules of faint structure, where a neuron's pull on its own centre holds it back."""
+    features_FX = torch.nn.functional.normalize(torch.randn(384, 48, generator=torch.Generator().manual_seed(6)))
+
+    def centres(module_F: Tensor) -> Tensor:
+        return torch.stack([features_FX[module_F == m].mean(0) for m in range(32)]).double()
+
+    def scatter(module_F: Tensor) -> float:
+        return float((features_FX - centres(module_F)[module_F]).square().sum())
+
+    lloyd_F = torch.arange(384) % 32
+    for _ in range(30):
+        lloyd_F, _ = assign_balanced(torch.cdist(features_FX.double(), centres(lloyd_F)).square())
+    assert scatter(balanced_kmeans(features_FX, 32, seed=0)) < 0.97 * scatter(lloyd_F)
 
 
 @pytest.mark.parametrize("num_modules", [1, 24])
