@@ -25,6 +25,13 @@ def module_outputs(ffn, x_D: Tensor) -> list[Tensor]:
     return outputs
 
 
+def modules_of(ffn, expert: int) -> list[int]:
+    """Return the modules of an expert that count: all that it has, or its best where it is cut."""
+    held = [module for module in range(ffn.stored_modules) if ffn.membership[expert, module]]
+    best = [module for module in ffn.ranking[expert].tolist() if module in held]
+    return held if ffn.state.active_modules is None else best[: ffn.state.active_modules]
+
+
 def tied_ffn(ffn, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return the layer's output for the experts chosen: every module at most once a token.
 
@@ -35,7 +42,7 @@ def tied_ffn(ffn, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     for x_D, ids_K, weights_K in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
         y_D = torch.zeros_like(x_D) if ffn.down_proj.bias is None else ffn.down_proj.bias.clone()
         for module, output_D in enumerate(module_outputs(ffn, x_D)):
-            having = [k for k, expert in enumerate(ids_K) if ffn.membership[expert, module]]
+            having = [k for k, expert in enumerate(ids_K) if module in modules_of(ffn, expert)]
             if not having:
                 if ffn.means is not None:
                     y_D = y_D + ffn.means[module]

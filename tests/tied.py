@@ -43,6 +43,7 @@ def tied_model(dense: Any, *, routing: str = "token", num_modules: int = 8, **ch
         for expert in range(len(NAMES)):
             others = 2 + torch.randperm(num_modules - 2, generator=draw)[: num_modules // 2 - 2]
             layer.mlp.membership[expert, others] = True
+        layer.mlp.check_ranking()
         if layer.mlp.router is not None:
             for weight in layer.mlp.router.parameters():
                 torch.nn.init.normal_(weight, std=0.3, generator=draw)

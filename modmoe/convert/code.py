@@ -16,8 +16,10 @@ from modmoe.loading import own_code
 
 CONFIGURATION = "configuration_modmoe.py"
 MODELING = "modeling_modmoe.py"
-CODE_FILES = (CONFIGURATION, MODELING, "modular_ffn.py", "routing_modmoe.py")
+CODE_FILES = (CONFIGURATION, MODELING, "modular_ffn.py", "routing_modmoe.py", "ways_modmoe.py")
 """What ``modmoe/modeling`` gives to every tied checkpoint."""
+PACKED = "packed_modmoe.py"
+"""What it gives to a packed export: one file, over an architecture of transformers."""
 
 # the two forms that transformers itself looks for when it copies a module's siblings
 _RELATIVE = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
@@ -49,6 +51,12 @@ def write_code(directory: Path, config: dict[str, Any], source: Path) -> list[st
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     return sorted(texts)
+
+
+def write_packed_code(directory: Path) -> None:
+    """Write the code that a packed export in ``directory`` is loaded with."""
+    text = (importlib.resources.files("modmoe") / "modeling" / PACKED).read_text(encoding="utf-8")
+    (directory / PACKED).write_text(text, encoding="utf-8")
 
 
 def own_files(config: dict[str, Any], source: Path) -> dict[str, str]:

@@ -158,6 +158,8 @@ def _check(source: Source, form: str, expert: str | None, approximate: bool, tas
     model_type, place = source.base.config.get("model_type"), source.directory
     if expert is not None:
         raise ExportError(f"expert: '{expert}' is for converted models; the router of {place} chooses.")
+    if form == "packed":
+        raise ExportError("form: packed is for converted models; forms that work: tied, dense, native, adapter.")
     if approximate and form != "dense":
         raise ExportError(f"approximate: goes with the dense form only; this is {form}.")
     if bool(tasks) != approximate:

@@ -52,6 +52,9 @@ def _body(directory: Path, result: dict[str, Any], tied: dict[str, Any], base: s
     what = {
         "tied": "A mixture of experts whose experts share modules: every module is stored once.",
         "native": f"A mixture of experts in the {escape(result['target'])} architecture, with each expert's own copy.",
+        "packed": "A mixture of experts for engines: every module is an expert of its own, stored once, and the router "
+        "chooses modules. It follows the published contract of vLLM's and SGLang's Transformers backends: contract "
+        "tested, engines not run. Anywhere else the tied form of the same model is faster.",
         "dense": f"A dense model: the expert {escape(result['expert'])} of a mixture of experts, alone.",
     }[result["form"]]
     lines = [f"# {escape(result['target'])} by modmoe", "", f"{what} Made from {origin} with modmoe.", ""]
@@ -59,6 +62,13 @@ def _body(directory: Path, result: dict[str, Any], tied: dict[str, Any], base: s
     trust = ", trust_remote_code=True" if has_code else ""
     lines += [f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO"{trust})']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})', "```", ""]
+    if result["form"] == "packed":
+        lines += ["```sh", "vllm serve PATH_OR_REPO --trust-remote-code", "```", ""]
+        if config.get("default_expert") is not None:
+            lines += [
+                f"Every token goes to the expert {escape(config['default_expert'])}; another is chosen at the start:"
+            ]
+            lines += ['`--hf-overrides \'{"default_expert": "NAME"}\'`.', ""]
     experts: list[str] = list(tied.get("expert_names") or [])
     if result["form"] == "tied" and tied.get("routing") == "task" and experts:
         lines += [

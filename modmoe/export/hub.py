@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 
 from modmoe.checkpoint import MANIFEST, Checkpoint, adapter_headers, is_adapter, tensor_sha256
 from modmoe.errors import CheckpointError, ExportError
+from modmoe.shards import adder
 
 _SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".model", ".jinja", ".yaml"}
 _PREFIXES = ("LICENSE", "NOTICE")
@@ -37,6 +39,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
+    progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Upload a checkpoint to ``repo`` on the Hub, which is made if it is not there; the directory is left unchanged.
 
@@ -47,6 +50,7 @@ def push(
         revision: the branch; made if it is not there.
         create_pr: open a pull request.
         dry_run: send nothing and ask nobody.
+        progress: called with a message and, where they are known, what is done and what there is in all.
 
     Returns:
         ``repo``, ``revision``, ``dry_run``, ``files`` (path, bytes, sha256), ``bytes``, ``card`` (the head of README.md
@@ -56,9 +60,11 @@ def push(
         ExportError: the directory holds no whole checkpoint, the name is none, or the Hub refuses.
     """
     path = Path(directory)
+    say = progress or (lambda *_: None)
     _check_repo(repo)
+    say("checking the checkpoint")
     _check_whole(path)
-    files = list_files(path)
+    files = list_files(path, lambda *count: say("hashing, bytes", *count))
     result: dict[str, Any] = {
         "repo": repo,
         "revision": revision or constants.DEFAULT_REVISION,
@@ -70,6 +76,7 @@ def push(
     }
     if dry_run:
         return result
+    say(f"uploading {result['bytes'] / 1e9:.2f} GB")
     try:
         return {**result, **_upload(path, repo, [file["path"] for file in files], private, revision, create_pr)}
     except Exception as error:
@@ -79,9 +86,10 @@ def push(
         raise ExportError(f"{repo}: {explain(error)}") from None
 
 
-def list_files(path: Path) -> list[dict[str, Any]]:
+def list_files(path: Path, report: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
     """Return path, size and SHA-256 of each file that belongs to the checkpoint, by name.
 
+    ``report`` is called with the bytes read and the bytes in all.
     A list of what is wanted rather than of what is not: an optimizer's state or an .env is never uploaded.
     """
     found = [
@@ -90,7 +98,13 @@ def list_files(path: Path) -> list[dict[str, Any]]:
         if file.is_file() and not file.name.startswith(".")
         if file.suffix in _SUFFIXES or file.name.startswith(_PREFIXES)
     ]
-    return [{"path": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)} for file in found]
+    sizes = {file: file.stat().st_size for file in found}
+    add = adder(report, sum(sizes.values()))
+    files = []
+    for file, size_bytes in sizes.items():
+        files.append({"path": file.name, "bytes": size_bytes, "sha256": _sha256(file)})
+        add(size_bytes)
+    return files
 
 
 def explain(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ import torch
 
 from modmoe.accounting import tensor_bytes
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, parse_bytes, resolve_source
-from modmoe.convert.code import own_files, write_code
+from modmoe.convert.code import own_files, write_code, write_packed_code
 from modmoe.convert.plan import Plan
 from modmoe.errors import CheckpointError, ExportError, did_you_mean
 from modmoe.export.card import write_card
 from modmoe.export.dense import RECIPE, dense_plan, expert_number, family_of_tied
 from modmoe.export.native import native_plan, native_warnings
+from modmoe.export.packed import packed_plan, packed_warnings
 from modmoe.export.tied import tied_plan, with_dtype
 from modmoe.export.verify import verify as verify_export
-from modmoe.loading import is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
+from modmoe.loading import PACKED_PREFIX, is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
 from modmoe.staging import check_output, open_output
 
-FORMS = ("tied", "dense", "native", "adapter")
-_LATER = ("packed",)
+FORMS = ("tied", "dense", "native", "packed", "adapter")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def export(
     verify: bool = True,
     approximate: bool = False,
     tasks: Mapping[str, str] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Write a tied checkpoint or an adapter in another form to ``output``, whole or not at all.
 
@@ -67,9 +68,9 @@ def export(
     Args:
         source: a directory or Hub id of what ``modmoe convert`` or ``finetune`` wrote, or of an adapter.
         output: a directory that is new or empty, unless ``overwrite``.
-        form: ``tied``, ``dense`` or ``native``; of an adapter, also ``adapter``.
+        form: ``tied``, ``dense``, ``native`` or ``packed``; of an adapter ``adapter`` too, and not ``packed``.
         target: the architecture of a native export, or ``auto``.
-        expert: the expert that a dense export keeps, or that a tied one routed by task begins with.
+        expert: the expert that a dense export keeps, or that a tied or packed one routed by task begins with.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the weights' type.
         max_shard_size: such as ``5GB``.
         overwrite: replace what is in ``output``.
@@ -78,6 +79,7 @@ def export(
         approximate: fold an adapter into the base model though it depends on the token: with each expert's weight held
             at its mean over ``tasks``. What that costs is measured.
         tasks: task name to file.
+        progress: called with a message and, where they are known, what is done and what there is in all.
 
     Returns:
         ``form``, ``target``, ``output``, ``expert``, ``dtype``, ``verified`` (None without ``verify``),
@@ -89,7 +91,7 @@ def export(
         CheckpointError: the source is damaged, or has code of its own that is not trusted.
         RecipeError: ``output`` is not free, or ``max_shard_size`` no size.
     """
-    started_s = time.monotonic()
+    say, started_s = progress or (lambda *_: None), time.monotonic()
     _check_words(form, target, dtype)
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     check_output(output, overwrite=overwrite)
@@ -100,6 +102,7 @@ def export(
     if is_adapter(directory):
         from modmoe.export.adapters import export_adapter  # imports peft, which takes seconds
 
+        say("exporting the adapter" + (", and verifying" if verify else ""))
         result = export_adapter(
             directory,
             output,
@@ -127,12 +130,15 @@ def export(
     for line in made.warnings:
         _log.warning("%s", line)
     with open_output(output, overwrite=overwrite) as partial:
-        writer = CheckpointWriter(partial, max_shard_bytes=shard_bytes)
+        writer = CheckpointWriter(
+            partial, max_shard_bytes=shard_bytes, report=lambda *count: say("writing, bytes", *count)
+        )
         made.plan.run(tied, writer, wanted)
         writer.finish(with_dtype(made.plan.config, wanted))
         _write_companions(made, directory, partial)
         verified = None
         if verify:
+            say("verifying in a process of its own")
             verified = verify_export(
                 lambda stored: load(directory, trust_remote_code=trust_remote_code, dtype=stored, device="cpu"),
                 partial,
@@ -145,7 +151,7 @@ def export(
             "form": form,
             "target": made.target,
             "output": str(output),
-            "expert": expert if form == "tied" else made.expert,
+            "expert": expert if form in ("tied", "packed") else made.expert,
             "dtype": str(made.plan.config.get("dtype")) if dtype is None else dtype,
             "verified": verified,
             "bytes_before": tensor_bytes(tied),
@@ -157,8 +163,6 @@ def export(
 
 
 def _check_words(form: str, target: str, dtype: str | None) -> None:
-    if form in _LATER:
-        raise ExportError(f"form: '{form}' is not built yet; forms that work: {', '.join(FORMS)}.")
     if form not in FORMS:
         raise ExportError(f"form: no form '{form}'.{did_you_mean(form, FORMS)}")
     if target != "auto" and form != "native":
@@ -200,6 +204,10 @@ def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Expo
         return _Export(plan=plan, target=name, load_options=options, warnings=native_warnings(plan))
     if expert is not None and not by_task:
         raise ExportError(f"expert: this model's router chooses; for '{expert}' alone use --form dense.")
+    if form == "packed":
+        plan = packed_plan(tied, expert)
+        fixed, name = plan.config["default_expert"], plan.config["model_type"]
+        return _Export(plan=plan, target=name, expert=fixed, needs_code=True, warnings=packed_warnings(plan))
     plan = tied_plan(tied)
     if expert is not None:
         plan.config["default_expert"] = expert
@@ -213,6 +221,8 @@ def _write_companions(made: _Export, source: Path, directory: Path) -> None:
         (directory / RECIPE).write_bytes((source / RECIPE).read_bytes())
     if is_tied_type(made.plan.config["model_type"]):
         write_code(directory, made.plan.config, source)
+    elif made.plan.config["model_type"].startswith(PACKED_PREFIX):
+        write_packed_code(directory)
     else:
         for name, text in own_files(made.plan.config, source).items():
             (directory / name).write_text(text, encoding="utf-8")

@@ -20,10 +20,14 @@ from .configuration_modmoe import config_class
 from .modular_ffn import ModularFFN
 from .routing_modmoe import RoutingState, begin_pass
 
+WAYS = ("auto", "masked", "runs", "gather")
+"""The ways of computing FFNs that ``set_ffn_way`` takes."""
+
 
 class ModularMixin:
     """What every ModularMoE model can do beside its family's own methods."""
 
+    _keys_to_ignore_on_load_missing: Any = (r"\.ranking$",)
     routing_state: RoutingState
     config: Any
 
@@ -78,10 +82,33 @@ class ModularMixin:
             self.routing_state.is_recording = False
 
     def set_ffn_way(self, way: str) -> None:
-        """Choose how FFNs are computed: ``auto``, ``masked`` or ``runs``; the result is the same to rounding."""
-        if way not in ("auto", "masked", "runs"):
-            raise ValueError(f"no way '{way}'; there are auto, masked and runs")
+        """Choose how FFNs are computed; the result is the same to rounding.
+
+        Args:
+            way: ``auto``, by shape; ``masked``, the dense product; ``runs``, slices of the matrices; ``gather``, where
+                there is a single token, compiled loops over its modules (the first token waits for the compiler).
+        """
+        if way not in WAYS:
+            raise ValueError(f"no way '{way}'; there are {', '.join(WAYS)}")
         self.routing_state.way = way
+
+    def set_active_modules(self, modules: int | None) -> None:
+        """Cut every expert to its ``modules`` best, 1 to ``modules_per_expert``; None brings all of them back.
+
+        Modules that all experts have come first, then an expert's own, each by its score at conversion.
+        """
+        most = self.config.modules_per_expert
+        if modules is not None and not 1 <= modules <= most:
+            raise ValueError(f"active modules: {modules} is not between 1 and {most}, the modules of an expert")
+        self.routing_state.active_modules = None if modules == most else modules
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        """Rank modules where the checkpoint does not; what it has is loaded by now."""
+        super()._initialize_missing_keys(*args, **kwargs)  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        for module in self.modules():
+            if isinstance(module, ModularFFN) and not module.membership.is_meta:
+                module.check_ranking()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Mark the prefill as the prompt, so that a sequence router reads all of it and keeps its choice."""

@@ -13,8 +13,7 @@ The three matrices are the dense FFN's own with their neurons reordered, so that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .routing_modmoe import RoutingState, sequence_features
+from .ways_modmoe import Layout, by_runs, compiled_gather, gather_token, run_tokens
 
 
 class ModularRouter(nn.Module):
@@ -48,6 +48,7 @@ class ModularFFN(nn.Module):
     """A feed-forward layer whose experts are sets of shared modules. All ways of computing it are equal."""
 
     membership: Tensor
+    ranking: Tensor
 
     def __init__(self, config: Any, layer: int, state: RoutingState) -> None:
         """Make the layer that ``config`` describes; ``state`` is shared by all layers of a model."""
@@ -71,20 +72,25 @@ class ModularFFN(nn.Module):
             self.router = ModularRouter(width, config.num_experts, config.router_hidden)
         self.means = nn.Parameter(torch.zeros(stored, width)) if config.compensation else None
         self.register_buffer("membership", torch.ones(config.num_experts, stored, dtype=torch.bool))
-        self._runs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        ranking_ER = torch.arange(config.modules_per_expert, dtype=torch.int32).repeat(config.num_experts, 1)
+        self.register_buffer("ranking", ranking_ER)
+        self._layouts: dict[int | None, Layout] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
         x_TD = x.reshape(-1, x.shape[-1])
-        if self.state.all_on:
+        state = self.state
+        if state.all_on:
             y_TD = self.down_proj(self._hidden(x_TD))
         else:
-            ids_TK, weights_TK = self._choose(x, x_TD)
-            if self._can_slice():
-                y_TD = self._slices(x_TD, ids_TK, weights_TK)
+            way = self._way(x_TD)
+            if way == "runs" and state.expert is not None and state.expert_ids is None:
+                y_TD = self._one_expert(x_TD, state.expert)
             else:
-                y_TD = self._masked(x_TD, ids_TK, weights_TK)
-        dropped: Tensor = self.dropout(y_TD.reshape(x.shape))
+                ids_TK, weights_TK = self._choose(x, x_TD)
+                y_TD = self._WAYS[way](self, x_TD, ids_TK, weights_TK)
+        y = y_TD.reshape(x.shape)
+        dropped: Tensor = self.dropout(y) if self.training else y
         return dropped
 
     def _hidden(self, x_TD: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class ModularFFN(nn.Module):
         Where experts are not weighted (union, or a single one) the value is exactly 1 and the gradient that of the
         logarithm of the module's summed weight: a weight normalised to 1 would give the router no gradient.
         """
-        member_ES = self.membership.to(weights_TK.dtype)
+        member_ES = self.member_ES(weights_TK.dtype)
         shape_TE = (ids_TK.shape[0], self.num_experts)
         chosen_TE = weights_TK.new_zeros(shape_TE).scatter(1, ids_TK, 1.0)
         active_TS = (chosen_TE @ member_ES) > 0
@@ -142,71 +148,114 @@ class ModularFFN(nn.Module):
             y_TD = y_TD + (~active_TS).to(y_TD.dtype) @ self.means
         return y_TD
 
-    def _can_slice(self) -> bool:
-        """Whether the matrices may be read directly: no LoRA, quantization, offloading or tracing in between."""
-        if self.state.way != "auto":
-            return self.state.way == "runs"
-        if self.training or torch.compiler.is_compiling():
-            return False
-        linears = [self.up_proj, self.down_proj, *([self.gate_proj] if self.gated else [])]
-        return all(
-            type(linear) is nn.Linear
-            and not (hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks)
-            for linear in linears
-        )
+    def _way(self, x_TD: Tensor) -> str:
+        """Return the way that this pass is computed: what was asked for, else what the shape and the weights allow."""
+        asked = self.state.way
+        if asked == "masked" or (asked == "auto" and (self.training or not self._is_plain())):
+            return "masked"
+        if torch.compiler.is_compiling():
+            return "gather" if len(x_TD) == 1 and not torch.is_grad_enabled() else "masked"
+        if asked == "gather" and len(x_TD) == 1 and not torch.is_grad_enabled():
+            return "gather"
+        # what a token chose is made one integer of 64 bits where tokens are sorted
+        return "runs" if self.num_experts**self.top_k < 2**62 else "masked"
 
-    def runs(self, experts: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the ranges of neurons, begin and end, of the modules that any of ``experts`` has, in storage order."""
-        key = tuple(experts)
-        if key not in self._runs:
-            used = self.membership[list(key)].any(0).tolist()
-            found: list[tuple[int, int]] = []
-            for module, is_used in enumerate(used):
-                begin = module * self.module_size
-                if is_used and found and found[-1][1] == begin:
-                    found[-1] = (found[-1][0], begin + self.module_size)
-                elif is_used:
-                    found.append((begin, begin + self.module_size))
-            self._runs[key] = found
-        return self._runs[key]
+    def _is_plain(self) -> bool:
+        """Whether the matrices may be read directly: no LoRA, quantization, offloading or hook in between."""
+        modules = self._modules
+        for name in ("up_proj", "down_proj", "gate_proj") if self.gated else ("up_proj", "down_proj"):
+            linear: Any = modules[name]
+            if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+                return False
+            if "_hf_hook" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks:
+                return False
+        return not torch.is_autocast_enabled(linear.weight.device.type)
+
+    def member_ES(self, dtype: torch.dtype) -> Tensor:
+        """Return 1 where an expert has a module that counts, after ``set_active_modules``, else 0."""
+        active = self.state.active_modules
+        if active is None:
+            return self.membership.to(dtype)
+        zeros_ES = torch.zeros(self.membership.shape, dtype=dtype, device=self.membership.device)
+        return zeros_ES.scatter(1, self.ranking[:, :active].long(), 1)
+
+    def check_ranking(self) -> None:
+        """Rank modules in the order in which they are stored where ``ranking`` is not of the experts' own modules.
+
+        So it is in checkpoints that were written without it.
+        """
+        known_ER = self.ranking.long().clamp(0, self.stored_modules - 1)
+        held_ES = torch.zeros_like(self.membership).scatter(1, known_ER, True)
+        if not torch.equal(known_ER, self.ranking.long()) or not torch.equal(held_ES, self.membership):
+            first_ES = self.membership.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+            self.ranking.copy_(first_ES[:, : self.ranking.shape[1]])
+
+    def layout(self) -> Layout:
+        """Return what the experts are, on the host; made when first asked for, by the modules that count now."""
+        active = self.state.active_modules
+        layout = self._layouts.get(active)
+        if layout is None:
+            self.check_ranking()
+            layout = self._layouts[active] = Layout(self.ranking[:, :active].tolist(), self.stored_modules)
+        return layout
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._runs.clear()
+        self._layouts.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _slices(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Only the neurons that are on, as slices of the matrices: tokens that chose alike go together."""
-        combinations_CK, which_T = torch.unique(ids_TK.sort(dim=-1).values, dim=0, return_inverse=True)
-        if len(combinations_CK) > max(16, len(x_TD) // 8):
-            return self._masked(x_TD, ids_TK, weights_TK)
-        coefficients_TS, active_TS = self.coefficients(ids_TK, weights_TK)
-        plain = not (self.combine == "sum" and ids_TK.shape[1] > 1) and not coefficients_TS.requires_grad
-        y_TD = torch.zeros_like(x_TD)
-        for number, experts in enumerate(combinations_CK.tolist()):
-            alone = len(combinations_CK) == 1
-            rows_N = (which_T == number).nonzero().squeeze(-1)
-            x_ND = x_TD if alone else x_TD[rows_N]
-            y_ND = None
-            for begin, end in self.runs(experts):
-                hidden_NF = self._hidden_slice(x_ND, begin, end)
-                if not plain:
-                    modules = slice(begin // self.module_size, end // self.module_size)
-                    scale_NF = coefficients_TS[rows_N, modules].repeat_interleave(self.module_size, dim=-1)
-                    hidden_NF = hidden_NF * scale_NF
-                part_ND = F.linear(hidden_NF, self.down_proj.weight[:, begin:end])
-                y_ND = part_ND if y_ND is None else y_ND + part_ND
-            if y_ND is not None:
-                y_TD = y_ND if alone else y_TD.index_copy(0, rows_N, y_ND)
+    def _one_expert(self, x_TD: Tensor, expert: int) -> Tensor:
+        """The runs of one expert for all tokens: nothing is chosen, sorted or scaled, and nothing leaves the device."""
+        layout = self.layout()
+        y_TD = by_runs(self, x_TD, layout.runs(layout.set_E[expert]))
         if self.down_proj.bias is not None:
             y_TD = y_TD + self.down_proj.bias
         if self.means is not None:
-            y_TD = y_TD + (~active_TS).to(y_TD.dtype) @ self.means
+            y_TD = y_TD + (1 - self.member_ES(y_TD.dtype)[expert]) @ self.means
         return y_TD
 
-    def _hidden_slice(self, x_ND: Tensor, begin: int, end: int) -> Tensor:
-        def project(linear: nn.Linear) -> Tensor:
-            return F.linear(x_ND, linear.weight[begin:end], None if linear.bias is None else linear.bias[begin:end])
+    def _sliced(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Only the neurons that are on, as slices of the matrices: tokens that chose alike go together."""
+        is_scaled = self.combine == "sum" and ids_TK.shape[1] > 1
+        scale_TS = None
+        if is_scaled or weights_TK.requires_grad:
+            scale_TS, _ = self.coefficients(ids_TK, weights_TK)
+        y_TD = run_tokens(self, x_TD, self.layout(), ids_TK, scale_TS)
+        return self._add_constants(y_TD, ids_TK)
 
-        up_NF = project(self.up_proj)
-        hidden_NF: Tensor = self.act_fn(project(self.gate_proj)) * up_NF if self.gated else self.act_fn(up_NF)
-        return hidden_NF
+    def _gathered(self, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """One token, its modules as a tensor: what a compiler makes copy-free loops of."""
+        scale_A = None
+        if ids_1K.shape[1] == 1:
+            modules_A = self.ranking[ids_1K[:, 0]][0, : self.state.active_modules].long()
+        else:
+            scale_1S, active_1S = self.coefficients(ids_1K, weights_1K)
+            each = self.ranking[:, : self.state.active_modules].shape[1]
+            # a union has as many modules at most; what is missing is filled with modules that count 0
+            most = min(self.stored_modules, ids_1K.shape[1] * each)
+            modules_A = active_1S[0].to(torch.int8).sort(descending=True, stable=True).indices[:most]
+            scale_A = scale_1S[0, modules_A]
+        gate = self.gate_proj if self.gated else None
+        call = gather_token if torch.compiler.is_compiling() else compiled_gather()
+        y_1D = call(
+            x_1D,
+            None if gate is None else gate.weight,
+            self.up_proj.weight,
+            self.down_proj.weight,
+            None if gate is None else gate.bias,
+            self.up_proj.bias,
+            modules_A,
+            scale_A,
+            self.act_fn,
+            self.module_size,
+        )
+        return self._add_constants(y_1D, ids_1K)
+
+    def _add_constants(self, y_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """Add what lies behind ``down``: its bias, and the means of skipped modules."""
+        if self.down_proj.bias is not None:
+            y_TD = y_TD + self.down_proj.bias
+        if self.means is not None:
+            y_TD = y_TD + (1 - self.member_ES(y_TD.dtype)[ids_TK].amax(1)) @ self.means
+        return y_TD
+
+    _WAYS: ClassVar[dict[str, Any]] = {"masked": _masked, "runs": _sliced, "gather": _gathered}

@@ -20,7 +20,9 @@ class RoutingState:
     expert: int | None = None
     """The expert that ``set_expert`` named for every token."""
     way: str = "auto"
-    """auto, masked or runs: how FFNs are computed; all are equal."""
+    """auto, masked, runs or gather: how FFNs are computed; all are equal."""
+    active_modules: int | None = None
+    """The modules of each expert that count, its best; None is all of them."""
     all_on: bool = False
     """Every stored module counts, whatever the router says: the dense model."""
     is_recording: bool = False

@@ -1,0 +1,237 @@
+"""The fast ways of the tied FFN: only modules that are on are read, each once, and as they are stored.
+
+    runs     Modules that lie together are one slice of each matrix, so an expert of few runs costs few products and no
+             copy. One choice for all tokens: its runs. Few tokens that choose apart: the runs of all modules in use,
+             the hidden values of a token's other modules made 0, since reading weights is what costs. Many tokens:
+             they are sorted by what they chose, and every set of modules with the same holders is computed for the
+             rows of its holders, a slice where these are neighbours: rectangles of neurons and sorted tokens.
+    gather   One token, its modules' numbers in a tensor: sums of products that a compiler turns into loops over the
+             matrices as they lie. Nothing here depends on a value, so it runs in a CUDA graph.
+
+Which is fastest where was measured (benchmarks/runtime.py).
+"""
+
+# Shapes: T tokens, D model width, S stored modules, F neurons stored, m neurons of a module, E experts, K chosen at
+# once, C different choices, N tokens that a set of modules is computed for, A modules of one token, L rows side by side
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Run: TypeAlias = tuple[int, int]
+"""A range of stored modules, begin and end."""
+
+FEW_TOKENS = 32
+"""Up to here reading weights costs more than computing with them, and tokens need not be sorted."""
+_KEPT = 512
+"""Plans that a layer remembers before it begins anew."""
+
+
+class Layout:
+    """What the experts of one layer are, on the host, and what follows from it, worked out once."""
+
+    def __init__(self, modules_EA: Sequence[Sequence[int]], stored: int) -> None:
+        """Take the modules of each expert and the number of stored ones. A set of modules is kept as bits."""
+        self.stored = stored
+        self.set_E = [sum(1 << module for module in modules) for modules in modules_EA]
+        self.order_E = _neighbours(self.set_E)
+        self.place_E = torch.tensor(self.order_E).argsort()
+        self._runs: dict[int, tuple[Run, ...]] = {}
+        self._plans: dict[tuple[int, ...], list[tuple[tuple[Run, ...], tuple[Run, ...]]]] = {}
+
+    def union(self, experts: Sequence[int]) -> int:
+        """Return the set of modules that any of the experts has."""
+        return functools.reduce(int.__or__, [self.set_E[expert] for expert in experts])
+
+    def runs(self, modules: int) -> tuple[Run, ...]:
+        """Return the runs that a set of modules lies in."""
+        if modules not in self._runs:
+            if len(self._runs) >= _KEPT:
+                self._runs.clear()
+            self._runs[modules] = _runs(modules, self.stored)
+        return self._runs[modules]
+
+    def plan(self, set_C: tuple[int, ...]) -> list[tuple[tuple[Run, ...], tuple[Run, ...]]]:
+        """Return, for choices in the order of their tokens, what is computed for whom: ranges of choices, and runs."""
+        if set_C not in self._plans:
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            modules_of: dict[int, int] = {}
+            for module in range(self.stored):
+                holders = sum((chosen >> module & 1) << number for number, chosen in enumerate(set_C))
+                modules_of[holders] = modules_of.get(holders, 0) | 1 << module
+            modules_of.pop(0, None)
+            self._plans[set_C] = [(_runs(who, len(set_C)), self.runs(what)) for who, what in modules_of.items()]
+        return self._plans[set_C]
+
+
+def _runs(bits: int, length: int) -> tuple[Run, ...]:
+    found: list[Run] = []
+    for number in range(length):
+        if bits >> number & 1:
+            begin = found.pop()[0] if found and found[-1][1] == number else number
+            found.append((begin, number + 1))
+    return tuple(found)
+
+
+def _neighbours(set_E: Sequence[int]) -> list[int]:
+    """Return an order of experts in which neighbours share modules: always the nearest that is left."""
+    order, left = [0], set(range(1, len(set_E)))
+    while left:
+        last = set_E[order[-1]]
+        order.append(min(left, key=lambda expert: ((last ^ set_E[expert]).bit_count(), expert)))
+        left.remove(order[-1])
+    return order
+
+
+def product(weight_ON: Tensor, x_TN: Tensor) -> Tensor:
+    """Return ``x weight^T``, as [T, O], by the product that is fastest for the number of rows.
+
+    Few rows are the right operand, not the left: 1.2 to 1.6 times as fast at 4 to 16 rows on the processor that
+    benchmarks/results/runtime.md names.
+    """
+    tokens = x_TN.shape[0]
+    if tokens > FEW_TOKENS:
+        return F.linear(x_TN, weight_ON)
+    if tokens == 1 and weight_ON.is_contiguous():
+        return torch.mv(weight_ON, x_TN[0]).unsqueeze(0)
+    return torch.mm(weight_ON, x_TN.T).T
+
+
+def by_runs(ffn: Any, x_ND: Tensor, runs: Sequence[Run], scale_NS: Tensor | None = None) -> Tensor:
+    """Return the summed outputs of some runs of modules, each module's times its scale, without ``down``'s bias."""
+    size, is_gated, activate = ffn.module_size, ffn.gated, ffn.act_fn
+    up, is_few = ffn.up_proj, x_ND.shape[0] <= FEW_TOKENS
+    up_FD, up_bias_F, down_DF = up.weight, up.bias, ffn.down_proj.weight
+    if is_gated:
+        gate_FD, gate_bias_F = ffn.gate_proj.weight, ffn.gate_proj.bias
+    y_ND: Tensor | None = None
+    for first, last in runs:
+        begin, end = first * size, last * size
+        up_NF = product(up_FD[begin:end], x_ND)
+        if up_bias_F is not None:
+            up_NF = up_NF + up_bias_F[begin:end]
+        if is_gated:
+            gate_NF = product(gate_FD[begin:end], x_ND)
+            if gate_bias_F is not None:
+                gate_NF = gate_NF + gate_bias_F[begin:end]
+            hidden_NF = activate(gate_NF) * up_NF
+        else:
+            hidden_NF = activate(up_NF)
+        if scale_NS is not None:
+            hidden_NF = hidden_NF * scale_NS[:, first:last].repeat_interleave(size, 1)
+        part_DF = down_DF[:, begin:end]
+        if y_ND is None:
+            y_ND = product(part_DF, hidden_NF)
+        elif is_few:
+            y_ND.T.addmm_(part_DF, hidden_NF.T)
+        else:
+            y_ND.addmm_(hidden_NF, part_DF.T)
+    return torch.zeros_like(x_ND) if y_ND is None else y_ND
+
+
+def by_rectangles(
+    ffn: Any, x_TD: Tensor, layout: Layout, set_C: tuple[int, ...], count_C: Sequence[int], scale_TS: Tensor | None
+) -> Tensor:
+    """Return the outputs of tokens sorted by choice: the first ``count_C[0]`` chose the modules ``set_C[0]``."""
+    starts = [0, *itertools.accumulate(count_C)]
+    y_TD = torch.zeros_like(x_TD)
+    for who, what in layout.plan(set_C):
+        rows = [slice(starts[begin], starts[end]) for begin, end in who]
+        # where they are not neighbours rows are brought together: weights are larger, and are to be read once
+        x_ND = x_TD[rows[0]] if len(rows) == 1 else torch.cat([x_TD[row] for row in rows])
+        scale_NS = None if scale_TS is None else torch.cat([scale_TS[row] for row in rows])
+        y_ND = by_runs(ffn, x_ND, what, scale_NS)
+        for row, part_ND in zip(rows, torch.split(y_ND, [row.stop - row.start for row in rows]), strict=True):
+            y_TD[row] += part_ND
+    return y_TD
+
+
+def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS: Tensor | None) -> Tensor:
+    """Return the outputs of tokens that chose ``ids_TK``; ``scale_TS`` multiplies modules where it is given.
+
+    Only the choices come to the host, once.
+    """
+    tokens, chosen = ids_TK.shape
+    if tokens <= FEW_TOKENS:
+        rows = ids_TK.tolist()
+        sets = [layout.union(row) for row in rows]
+        union = functools.reduce(int.__or__, sets)
+        if scale_TS is None and any(one != union for one in sets):
+            scale_TS = ffn.member_ES(x_TD.dtype)[ids_TK].amax(1)
+        return by_runs(ffn, x_TD, layout.runs(union), scale_TS)
+    # experts renumbered so that neighbours share modules, and a choice made one number: digits in the base of experts
+    experts = len(layout.set_E)
+    digits_TK = layout.place_E.to(ids_TK.device)[ids_TK].sort(-1).values
+    key_T = digits_TK[:, 0]
+    for digit in range(1, chosen):
+        key_T = key_T * experts + digits_TK[:, digit]
+    sorted_T, order_T = key_T.sort(stable=True)
+    keys, counts = torch.unique_consecutive(sorted_T, return_counts=True)
+    key_C, count_C = torch.stack([keys, counts]).tolist()
+    set_C = []
+    for key in key_C:
+        picked = [layout.order_E[key // experts**digit % experts] for digit in range(chosen)]
+        set_C.append(layout.union(picked))
+    if len(set_C) == 1:
+        return by_runs(ffn, x_TD, layout.runs(set_C[0]), scale_TS)
+    scale_TS = None if scale_TS is None else scale_TS[order_T]
+    sorted_TD = by_rectangles(ffn, x_TD[order_T], layout, tuple(set_C), count_C, scale_TS)
+    return torch.empty_like(sorted_TD).index_copy(0, order_T, sorted_TD)
+
+
+def gather_token(
+    x_1D: Tensor,
+    gate_FD: Tensor | None,
+    up_FD: Tensor,
+    down_DF: Tensor,
+    gate_bias_F: Tensor | None,
+    up_bias_F: Tensor | None,
+    modules_A: Tensor,
+    scale_A: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    size: int,
+) -> Tensor:
+    """Return the output of one token, [1, D], for the modules whose numbers stand in ``modules_A``.
+
+    Compiled, the weights are neither copied nor read but where they are on. Rows of a matrix are summed side by side on
+    a processor, where one row alone does not keep the memory busy.
+    """
+    width = x_1D.shape[1]
+    lanes = math.gcd(math.gcd(size, width), 4) if x_1D.is_cpu else 1
+    x_D = x_1D[0]
+
+    def project(weight_FD: Tensor, bias_F: Tensor | None) -> list[Tensor]:
+        rows_SmLD = weight_FD.view(-1, size // lanes, lanes, width)[modules_A]
+        found = [(rows_SmLD[:, :, lane] * x_D).sum(-1) for lane in range(lanes)]
+        if bias_F is None:
+            return found
+        bias_AmL = bias_F.view(-1, size // lanes, lanes)[modules_A]
+        return [part + bias_AmL[:, :, lane] for lane, part in enumerate(found)]
+
+    up = project(up_FD, up_bias_F)
+    if gate_FD is not None:
+        gate = project(gate_FD, gate_bias_F)
+        hidden_AmL = torch.stack([activation(one) * two for one, two in zip(gate, up, strict=True)], -1)
+    else:
+        hidden_AmL = torch.stack([activation(one) for one in up], -1)
+    hidden_Am = hidden_AmL.flatten(1)
+    if scale_A is not None:
+        hidden_Am = hidden_Am * scale_A.unsqueeze(-1)
+    down_DLSm = down_DF.view(width // lanes, lanes, -1, size)
+    parts = [(down_DLSm[:, lane][:, modules_A] * hidden_Am).sum((1, 2)) for lane in range(lanes)]
+    return torch.stack(parts, -1).reshape(1, width)
+
+
+@functools.cache
+def compiled_gather() -> Callable[..., Tensor]:
+    """Return ``gather_token`` compiled. What differs from layer to layer, the modules stored, is left open in it."""
+    return torch.compile(gather_token, fullgraph=True)

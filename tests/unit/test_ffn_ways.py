@@ -1,0 +1,254 @@
+"""The ways of computing the tied FFN: equal to the loop, and reading no more than is on."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modmoe.modeling import modular_ffn
+from modmoe.modeling.modular_ffn import ModularFFN
+from modmoe.modeling.routing_modmoe import RoutingState
+from modmoe.modeling.ways_modmoe import FEW_TOKENS, Layout, gather_token
+from tests.reference import modules_of, tied_ffn
+
+WIDTH, STORED, SIZE, EXPERTS, EACH = 10, 7, 3, 5, 4
+# one token, few, and as many as are sorted
+TOKENS = (1, 7, FEW_TOKENS + 5)
+COMBINED = (("union", 1), ("union", 2), ("sum", 2), ("sum", 3))
+
+
+def make_ffn(routing: str = "token", combine: str = "union", top_k: int = 1, **changes: Any) -> ModularFFN:
+    """Return a random layer in float64 whose experts share the first module and rank theirs at random."""
+    config = SimpleNamespace(
+        **{
+            "hidden_size": WIDTH,
+            "stored_modules": [STORED],
+            "module_size": SIZE,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": top_k,
+            "modules_per_expert": EACH,
+            "routing": routing,
+            "combine": combine,
+            "routing_chunk": 4,
+            "ffn_biases": [],
+            "ffn_gated": True,
+            "ffn_activation": "silu",
+            "ffn_dropout": 0.0,
+            "router_hidden": 0,
+            "compensation": False,
+            **changes,
+        }
+    )
+    ffn = ModularFFN(config, 0, RoutingState([str(number) for number in range(EXPERTS)])).double().eval()
+    draw = torch.Generator().manual_seed(5)
+    for weight in ffn.parameters():
+        torch.nn.init.normal_(weight, std=0.4, generator=draw)
+    ffn.membership.zero_()
+    for expert in range(EXPERTS):
+        others = 1 + torch.randperm(STORED - 1, generator=draw)
+        ffn.ranking[expert] = torch.cat([torch.zeros(1, dtype=torch.long), others[: ffn.ranking.shape[1] - 1]])
+        ffn.membership[expert, ffn.ranking[expert].long()] = True
+    return ffn
+
+
+def inputs(ffn: ModularFFN, tokens: int) -> Tensor:
+    ffn.state.shape = (1, tokens)
+    return torch.randn(tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the compiler out; it keeps the meaning."""
+    monkeypatch.setattr(modular_ffn, "compiled_gather", lambda: gather_token)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("combine", "top_k"), COMBINED)
+@pytest.mark.parametrize(("routing", "active"), [("token", None), ("token", 2), ("sequence", None), ("task", 2)])
+def test_every_way_is_the_loop(
+    uncompiled: None, routing: str, combine: str, top_k: int, tokens: int, active: int | None
+) -> None:
+    ffn = make_ffn(routing, combine, top_k, compensation=top_k == 2, ffn_biases=["gate", "up", "down"][: top_k + 1])
+    ffn.state.active_modules = active
+    x_TD = inputs(ffn, tokens)
+    if routing == "task":
+        ffn.state.expert = 3
+
+    def run(way: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        x = x_TD.clone().requires_grad_()
+        ffn.zero_grad()
+        ffn.state.way = way
+        y = tied_ffn(ffn, x, *ffn._choose(x, x)) if way == "loop" else ffn(x)
+        (y * y.detach().cos()).sum().backward()
+        return y.detach(), x.grad, {name: p.grad.clone() for name, p in ffn.named_parameters() if p.grad is not None}
+
+    wanted = run("loop")
+    for way in ("masked", "runs", "gather", "auto"):
+        torch.testing.assert_close(run(way), wanted, rtol=1e-10, atol=1e-11)
+        with torch.no_grad():
+            torch.testing.assert_close(ffn(x_TD), wanted[0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gathered_token_with_and_without_a_gate(uncompiled: None, gated: bool) -> None:
+    for width, size in ((10, 3), (12, 4), (6, 2)):
+        ffn = make_ffn(hidden_size=width, module_size=size, ffn_gated=gated, ffn_biases=["up"])
+        x_TD = torch.randn(1, width, dtype=torch.float64)
+        ffn.state.way = "gather"
+        torch.testing.assert_close(ffn(x_TD), tied_ffn(ffn, x_TD, *ffn._choose(x_TD, x_TD)), rtol=1e-12, atol=1e-12)
+
+
+class Watch(TorchDispatchMode):
+    """Notes which neurons products read, and which operations hand a number or a shape to the host."""
+
+    HOST = ("_local_scalar_dense", "nonzero", "unique", "equal", "is_nonzero")
+
+    def __init__(self, ffn: ModularFFN) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr(): name for name, p in ffn.named_parameters()}
+        self.read: dict[str, list[int]] = {}
+        self.host: list[str] = []
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.calls.append(name)
+        if any(word in name for word in self.HOST):
+            self.host.append(name)
+        if name in ("mm", "mv", "addmm", "addmm_", "addmv"):
+            for tensor in args:
+                weight = self.weights.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+                if weight is not None and weight.endswith("proj.weight"):
+                    width = STORED * SIZE if weight.startswith("down") else WIDTH
+                    offset = tensor.storage_offset()
+                    begin = offset % width if weight.startswith("down") else offset // width
+                    neurons = tensor.numel() // WIDTH
+                    self.read.setdefault(weight, []).extend(range(begin, begin + neurons))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_each_module_that_is_on_is_read_once_and_no_other(tokens: int, top_k: int) -> None:
+    ffn = make_ffn(top_k=top_k)
+    x_TD = inputs(ffn, tokens)
+    ids_TK, _ = ffn._choose(x_TD, x_TD)
+    on = {module for expert in ids_TK.flatten().tolist() for module in modules_of(ffn, expert)}
+    wanted = [module * SIZE + neuron for module in sorted(on) for neuron in range(SIZE)]
+    with Watch(ffn) as watch:
+        ffn(x_TD)
+    assert set(watch.read) == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    for name, neurons in watch.read.items():
+        assert sorted(neurons) == wanted, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_a_named_expert_costs_its_products_and_nothing_that_waits_for_the_device(tokens: int) -> None:
+    ffn = make_ffn("task")
+    ffn.state.expert, x_TD = 2, inputs(ffn, tokens)
+    ffn(x_TD)
+    with Watch(ffn) as watch:
+        ffn(x_TD)
+    assert watch.host == []
+    runs = ffn.layout().runs(ffn.layout().set_E[2])
+    products = [name for name in watch.calls if name in ("mm", "mv", "addmm", "addmm_")]
+    assert len(products) == 3 * len(runs)
+    assert {"sort", "topk", "scatter", "index"}.isdisjoint(watch.calls)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("combine", "top_k"), COMBINED)
+def test_one_token_compiles_to_one_graph_that_gathers(
+    monkeypatch: pytest.MonkeyPatch, combine: str, top_k: int
+) -> None:
+    ffn = make_ffn(combine=combine, top_k=top_k)
+    for way in ("masked", "runs"):
+        monkeypatch.delitem(ModularFFN._WAYS, way)
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, backend="aot_eager", fullgraph=True, dynamic=False)
+    # other experts, the same graph: what is chosen is data
+    for seed in range(6):
+        x_TD = torch.randn(1, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        wanted = tied_ffn(ffn, x_TD, *ffn._choose(x_TD, x_TD))
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            found = compiled(x_TD)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("why", ["training", "hook", "lora", "autocast"])
+def test_what_sits_on_the_linear_layers_is_heeded(why: str) -> None:
+    ffn = make_ffn()
+    x_TD = inputs(ffn, 3)
+    ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
+    assert ffn._way(x_TD) == "runs"
+    if why == "training":
+        ffn.train()
+    elif why == "hook":
+        ffn.up_proj.register_forward_hook(lambda *_: None)
+    elif why == "lora":
+        ffn.down_proj = torch.nn.Sequential(ffn.down_proj)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ffn._way(x_TD) == "masked"
+        return
+    assert ffn._way(x_TD) == "masked"
+    torch.testing.assert_close(ffn(x_TD), ffn._masked(x_TD, ids_TK, weights_TK))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rectangles_cover_what_was_chosen_and_nothing_twice(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    layout = Layout([torch.randperm(12, generator=draw)[:5].tolist() for _ in range(6)], 12)
+    assert sorted(layout.order_E) == list(range(6))
+    set_C = tuple(layout.set_E[expert] for expert in layout.order_E)
+    found = [
+        (number, module)
+        for who, what in layout.plan(set_C)
+        for ranges in who
+        for number in range(*ranges)
+        for run in what
+        for module in range(*run)
+    ]
+    wanted = [(number, module) for number, chosen in enumerate(set_C) for module in range(12) if chosen >> module & 1]
+    assert sorted(found) == wanted
+    assert layout.plan(set_C) is layout.plan(set_C)
+
+
+def test_a_cut_expert_has_the_first_of_its_ranking() -> None:
+    ffn = make_ffn()
+    x_TD = inputs(ffn, 40)
+    ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
+    outputs = []
+    for active in range(1, EACH + 1):
+        ffn.state.active_modules = active
+        smaller = make_ffn(modules_per_expert=active)
+        smaller.load_state_dict({name: w for name, w in ffn.state_dict().items() if name != "ranking"}, strict=False)
+        smaller.ranking.copy_(ffn.ranking[:, :active])
+        smaller.membership.zero_().scatter_(1, smaller.ranking.long(), True)
+        outputs.append(ffn(x_TD))
+        torch.testing.assert_close(outputs[-1], smaller._sliced(x_TD, ids_TK, weights_TK), rtol=1e-12, atol=1e-12)
+        assert all(set(modules_of(smaller, e)) <= set(ffn.ranking[e].tolist()) for e in range(EXPERTS))
+    assert all((one - two).abs().max() > 1e-3 for one, two in pairwise(outputs))
+
+
+def test_a_ranking_that_is_not_of_the_experts_modules_becomes_the_order_of_storage() -> None:
+    ffn = make_ffn()
+    for broken in (torch.full_like(ffn.ranking, -442478864), torch.zeros_like(ffn.ranking)):
+        ffn.ranking.copy_(broken)
+        ffn.check_ranking()
+        assert [sorted(row) for row in ffn.ranking.tolist()] == ffn.ranking.tolist()
+        assert torch.equal(torch.zeros_like(ffn.membership).scatter(1, ffn.ranking.long(), True), ffn.membership)
+    kept = ffn.ranking.flip(1)
+    ffn.ranking.copy_(kept)
+    ffn.check_ranking()
+    assert torch.equal(ffn.ranking, kept)
