@@ -8,25 +8,30 @@ import logging
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-PLAIN_INTERVAL_S = 5.0
-"""Between two progress lines of one stage, where stderr is no terminal."""
+from modmoe.cli.progress import Progress, size_words
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process of a run, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Console:
-    """One command's output. While it is open, whatever a library prints to stdout goes to stderr instead."""
+    """One command's output. While it is open, whatever a library prints to stdout goes to stderr instead.
+
+    Of several processes that run the same command the first alone speaks.
+    """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         """Say less (``quiet``), more (``verbose``), or put one JSON object on stdout (``as_json``)."""
-        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self.speaks = is_first_process()
+        self.as_json, self.quiet, self.verbose = as_json, quiet or not self.speaks, verbose
         self._stdout: IO[str] = sys.stdout
-        self._bar: Any = None
-        self._task: Any = None
-        self._stage, self._said_s = "", 0.0
+        self._progress = Progress()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Console:
@@ -40,42 +45,35 @@ class Console:
                 os.environ.setdefault(name, "error")
             for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
                 os.environ.setdefault(name, "1")
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             if "transformers" in sys.modules:  # where it was imported before, it has read the environment already
                 sys.modules["transformers"].utils.logging.disable_progress_bar()
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module=r"modmoe\b")
+            if self.speaks:
+                warnings.filterwarnings("default", module=r"modmoe\b")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         logger = logging.getLogger("modmoe")
         handler = _StderrHandler()
         logger.addHandler(handler)
         self._undo.callback(logger.removeHandler, handler)
-        logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO)
+        level = logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
+        logger.setLevel(level if self.speaks else logging.ERROR)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Put stdout back."""
-        self._end_bar()
+        self._progress.close(failed=kind is not None)
         self._undo.close()
 
     def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what a step is doing: a bar on a terminal, otherwise a line, at most one every few seconds a stage."""
-        if self.quiet:
-            return
-        if sys.stderr.isatty():
-            self._draw(message, done, total)
-            return
-        now_s = time.monotonic()
-        is_end = done is not None and done == total
-        if message == self._stage and not is_end and now_s - self._said_s < PLAIN_INTERVAL_S:
-            return
-        self._stage, self._said_s = message, now_s
-        count = f" {done}/{total}" if done is not None and total is not None else ""
-        print(f"modmoe: {message}{count}", file=sys.stderr, flush=True)
+        """Say what a step is doing: a bar on a terminal, otherwise lines; see ``modmoe.cli.progress``."""
+        if not self.quiet:
+            self._progress.report(message, done, total)
 
     def say(self, line: str) -> None:
         """Print one line to stderr unless quiet."""
         if not self.quiet:
-            self._end_bar()
+            self._progress.close()
             print(line, file=sys.stderr, flush=True)
 
     def finish(
@@ -87,7 +85,9 @@ class Console:
         shown: Mapping[str, Any] | None = None,
     ) -> None:
         """Print the result: one JSON object, or tables (of ``shown`` if given) and what the user may do next."""
-        self._end_bar()
+        self._progress.close()
+        if not self.speaks:
+            return
         if self.as_json:
             self._stdout.write(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
         elif not self.quiet:
@@ -98,27 +98,10 @@ class Console:
 
     def write(self, text: str) -> None:
         """Print text to stdout as it is."""
+        if not self.speaks:
+            return
         self._stdout.write(text)
         self._stdout.flush()
-
-    def _draw(self, message: str, done: int | None, total: int | None) -> None:
-        if self._bar is None:
-            from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
-            self._bar.start()
-        if self._task is None or message != self._stage:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task, self._stage = self._bar.add_task(message, total=total), message
-        self._bar.update(self._task, completed=done or 0, total=total)
-
-    def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
 
 
 class _StderrHandler(logging.Handler):
@@ -198,15 +181,6 @@ def _words(key: str, value: Any) -> str:
         words = [_words(key, item) for item in value]
         return words[0] + f" (each of {len(words)})" if len(words) > 3 and len(set(words)) == 1 else ", ".join(words)
     return str(value)
-
-
-def size_words(size_bytes: float) -> str:
-    """Return bytes as people read them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size_bytes) < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.2f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.2f} TB"
 
 
 def _jsonable(value: Any) -> Any:

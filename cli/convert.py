@@ -69,6 +69,7 @@ def convert(
     ] = None,
     sequence_length: flags.SequenceLength = None,
     batch_size: flags.BatchSize = None,
+    by_layer: flags.ByLayer = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what it will cost; write nothing.")
     ] = False,
@@ -129,6 +130,7 @@ def convert(
             score=score,
             sequence_length=sequence_length,
             batch_size=batch_size,
+            by_layer=by_layer,
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code or None,

@@ -60,5 +60,6 @@ def evaluate(
             expert=expert,
             seed=seed,
             revision=revision,
+            progress=console.progress,
         )
         console.finish(result, title=source)

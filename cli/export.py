@@ -29,7 +29,12 @@ def export(
     target: Annotated[
         str, typer.Option(metavar="auto|mixtral|qwen2_moe|...", help="The architecture of a native export.")
     ] = "auto",
-    expert: Annotated[str | None, typer.Option(metavar="NAME", help="The expert that a dense export keeps.")] = None,
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The expert that a dense export keeps, or that a model routed by task begins with."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="|".join(steps.DTYPES), help="Type of the weights; by default as they are.")
     ] = None,
@@ -56,7 +61,7 @@ def export(
     tied     every module once, or the base model and its adapter, with the code that runs it
     native   an architecture that other tools know, experts copied out
     dense    one expert as a dense model of the original family, or the base model with the adapter folded in
-    packed   modules as ordinary experts, the router choosing modules (not built yet)
+    packed   modules as ordinary experts, the router choosing modules: for vLLM and SGLang alone
     adapter  the adapter alone, as PEFT has it
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
@@ -81,6 +86,7 @@ def export(
             revision=revision,
             approximate=approximate,
             tasks=flags.parse_tasks(task),
+            progress=console.progress,
         )
         if not as_json and result.get("verified"):
             # people read the line that counts; programs get all of it

@@ -26,6 +26,13 @@ RecipeFile = Annotated[
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens of each task.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a sequence.")]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences of a batch.")]
+ByLayer = Annotated[
+    bool | None,
+    typer.Option(
+        "--by-layer/--no-by-layer",
+        help="Hold one decoder layer in memory at a time; by default where the model takes over half of what is free.",
+    ),
+]
 NumModules = Annotated[int | None, typer.Option(help="Modules of each FFN; must divide its neurons.")]
 PartitionMethod = Annotated[
     str | None, typer.Option("--partition", metavar="METHOD", help="How neurons are cut into modules.")

@@ -16,7 +16,8 @@ import typer
 
 from modmoe import __version__
 from modmoe.cli import analyze, convert, demo, env, eval, export, finetune, flags, inspect, push, recipes, validate
-from modmoe.errors import ModmoeError
+from modmoe.cli.console import is_first_process
+from modmoe.errors import ModmoeError, RankError
 
 app = typer.Typer(
     name="modmoe",
@@ -47,6 +48,8 @@ app.command("demo", epilog=demo.EPILOG)(demo.demo)
 
 # Typer may carry its own copy of click, so the class is found through the one that typer names.
 _ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+# What several processes, started by torchrun, do together; of the rest the first does all.
+_SHARED = ("analyze", "convert", "finetune", "eval")
 # What a full disk or a protected directory raises is no bug of ours.
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -67,6 +70,8 @@ def root(
     """Dense language models become parameter-sharing mixtures of experts."""
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand not in _SHARED and not is_first_process():
+        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,9 +88,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(None if arguments is None else list(arguments), prog_name="modmoe", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ModmoeError as error:
-        return _fail(str(error))
+        # what one process fails of, all are told, and the first says it; one that lost the others speaks for itself
+        return _fail(str(error), is_own=isinstance(error, RankError))
     except (KeyboardInterrupt, typer.Abort):
-        print("modmoe: stopped.", file=sys.stderr)
+        if is_first_process():
+            print("modmoe: stopped.", file=sys.stderr)
         return 130
     except typer.Exit as stop:
         return stop.exit_code
@@ -113,8 +120,9 @@ def _fail_usage(error: Exception) -> int:
     return _fail(f"{message if message.endswith(('.', '?')) else message + '.'} See {command} --help.")
 
 
-def _fail(message: str) -> int:
-    print(f"modmoe: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, *, is_own: bool = False) -> int:
+    if is_own or is_first_process():
+        print(f"modmoe: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

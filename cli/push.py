@@ -30,5 +30,13 @@ def push(
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         from modmoe.export.hub import push as run
 
-        result = run(directory, repo, private=private, revision=revision, create_pr=create_pr, dry_run=dry_run)
+        result = run(
+            directory,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            dry_run=dry_run,
+            progress=console.progress,
+        )
         console.finish(result, title=repo, next_step="the same without --dry-run" if dry_run else "")

@@ -106,8 +106,12 @@ def largest_union(experts: Sequence[Collection[int]], top_k: int) -> int:
 
 
 def tensor_parameters(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the parameters of each floating-point tensor; an output matrix tied to the embeddings is left out."""
-    sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint if checkpoint.dtype(name).is_floating_point}
+    """Return the parameters of each floating-point tensor; an output matrix tied to the embeddings is left out.
+
+    So is the table of a packed export, which is stored in the weights' type.
+    """
+    floats = (name for name in checkpoint if checkpoint.dtype(name).is_floating_point)
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in floats if not name.endswith(".membership")}
     if checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" in sizes and len(sizes) > 1:
         shape = checkpoint.shape("lm_head.weight")
         if any(name.endswith(_EMBEDDINGS) and checkpoint.shape(name) == shape for name in sizes):
@@ -125,13 +129,15 @@ def tensor_bytes(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> 
 
 
 def read_experts(checkpoint: Checkpoint) -> list[list[list[int]]]:
-    """Return, for each layer and expert of a tied checkpoint, the stored modules that the expert has.
+    """Return, for each layer and expert of a tied or packed checkpoint, the stored modules that the expert has.
 
     Raises CheckpointError where a layer has no membership or one of the wrong shape.
     """
     config, layers = checkpoint.config, []
     for layer, stored in enumerate(stored_of(config)):
         name = f"{prefix_of(config, layer)}membership"
+        if name not in checkpoint and "modular" in config:
+            name = f"{prefix_of(config, layer)}router.membership"
         if name not in checkpoint:
             raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; the checkpoint is not whole.")
         membership_ES = checkpoint[name]
@@ -166,6 +172,7 @@ def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int
     for layer, (stored, chosen) in enumerate(zip(stored_of(config), experts, strict=True)):
         prefix = prefix_of(config, layer)
         neurons = sum(sizes.get(prefix + name, 0) for name in _NEURONS)
+        neurons += sum(size for name, size in sizes.items() if name.startswith(f"{prefix}experts."))
         if stored and neurons % stored:
             raise CheckpointError(
                 f"{checkpoint.directory}: layer {layer} has {neurons} FFN parameters, which {stored} modules cannot "
@@ -275,17 +282,19 @@ def modules_that_fit(recipe: Recipe, budget_bytes: int, *, revision: str | None 
     module_bytes = ffn_bytes // num_modules
     fixed_bytes = tensor_bytes(checkpoint) - ffn_bytes
     fixed_bytes += _added_bytes(checkpoint, recipe, family, layers, num_experts)
+    rank_bytes = 4 * layers * num_experts  # a module's place among an expert's
     least = max(1, shared)
     for modules in range(num_modules, least - 1, -1):
         stored = (
             num_modules if recipe.assignment.coverage else min(num_modules, shared + num_experts * (modules - shared))
         )
-        if fixed_bytes + stored * module_bytes <= budget_bytes:
+        if fixed_bytes + modules * rank_bytes + stored * module_bytes <= budget_bytes:
             return modules
     stored = num_modules if recipe.assignment.coverage else min(num_modules, shared + num_experts * (least - shared))
+    needed_bytes = fixed_bytes + least * rank_bytes + stored * module_bytes
     raise RecipeError(
         f"fit_bytes: {budget_bytes} bytes do not hold this model with {least} of {num_modules} modules an expert, "
-        f"which may take {fixed_bytes + stored * module_bytes}. Allow that, or use fewer experts or more modules."
+        f"which may take {needed_bytes}. Allow that, or use fewer experts or more modules."
     )
 
 

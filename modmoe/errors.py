@@ -42,6 +42,10 @@ class AdapterError(ModmoeError, ValueError):
     """A routed adapter does not fit its model, or its file is damaged or belongs to another."""
 
 
+class RankError(ModmoeError, RuntimeError):
+    """Another process of the same run is gone."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to ``name``, or a list of what is known.
 

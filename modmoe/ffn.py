@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -55,3 +56,21 @@ def read_ffn(tensors: Mapping[str, Tensor], family: Family, layer: int) -> FFNWe
         if gate is None:
             raise KeyError(f"{prefix}{family.gate}.weight")
     return FFNWeights(gate, up, down, gate_bias, up_bias, down_bias)
+
+
+class LazyFFNs(Sequence[FFNWeights]):
+    """The FFNs of all layers, each read when it is asked for and not kept."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], family: Family, num_layers: int) -> None:
+        """Read from ``tensors``, a Checkpoint or a state dict."""
+        self.tensors, self.family, self.num_layers = tensors, family, num_layers
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return self.num_layers
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Read one layer."""
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(layer)
+        return read_ffn(self.tensors, self.family, layer)

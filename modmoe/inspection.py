@@ -49,6 +49,9 @@ def inspect(directory: str) -> dict[str, Any]:
     if is_adapter(path):
         return _inspect_adapter(path)
     checkpoint = Checkpoint(path)
+    if isinstance(checkpoint.config.get("modular"), dict):
+        # a packed export names modules as engines name experts; what the tied model's keys say is kept beside
+        checkpoint.config.update(checkpoint.config["modular"])
     config = checkpoint.config
     if str(config.get("model_type", "")).startswith("modmoe_") and "stored_modules" in config:
         experts = read_experts(checkpoint)

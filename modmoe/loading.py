@@ -25,16 +25,19 @@ from modmoe.checkpoint import (
     resolve_source,
 )
 from modmoe.errors import CheckpointError, ModmoeError, RecipeError, did_you_mean
-from modmoe.modeling import modeling_modmoe
+from modmoe.modeling import modeling_modmoe, packed_modmoe
 
 TIED_PREFIX = "modmoe_"
 ADAPTED_PREFIX = "modmoe_adapters_"
 """The ``model_type`` of a model that carries its adapters begins with it; such a one is no tied model."""
+PACKED_PREFIX = packed_modmoe.TYPE_PREFIX
+"""The ``model_type`` of a packed export begins with it; such a one is no tied model either."""
 PEFT_PREFIX = "MODMOE_"
 """The ``peft_type`` of a routed adapter begins with it."""
 
 __all__ = [
     "ADAPTED_PREFIX",
+    "PACKED_PREFIX",
     "PEFT_PREFIX",
     "TIED_PREFIX",
     "DenseClasses",
@@ -69,7 +72,8 @@ def is_tied(directory: Path) -> bool:
 
 def is_tied_type(model_type: Any) -> bool:
     """Return whether a ``model_type`` is that of a ModularMoE."""
-    return str(model_type).startswith(TIED_PREFIX) and not str(model_type).startswith(ADAPTED_PREFIX)
+    name = str(model_type)
+    return name.startswith(TIED_PREFIX) and not name.startswith((ADAPTED_PREFIX, PACKED_PREFIX))
 
 
 def is_adapted(directory: Path) -> bool:
@@ -108,7 +112,7 @@ def load(
     _check_code(directory, config, trust_remote_code)
     kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     try:
-        if is_tied(directory) or is_adapted(directory):
+        if str(config.get("model_type")).startswith(TIED_PREFIX):
             model_type, config_type = _own_classes(directory, config)
             model = model_type.from_pretrained(directory, config=config_type.from_pretrained(directory), **kwargs)
         else:
@@ -180,7 +184,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
 
 def own_code(config: dict[str, Any]) -> dict[str, str]:
     """Return the auto_map of an architecture that transformers does not know, else nothing."""
-    if str(config.get("model_type")).startswith(ADAPTED_PREFIX):
+    if str(config.get("model_type")).startswith((ADAPTED_PREFIX, PACKED_PREFIX)):
         return {}  # its code is this package's, over an architecture that transformers knows
     dense = config.get("dense_config") if is_tied_type(config.get("model_type")) else config
     dense = dense if isinstance(dense, dict) else {}
@@ -220,6 +224,8 @@ def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     if not isinstance(names, list) or len(names) != 1 or not str(names[0]).startswith("ModMoE"):
         raise CheckpointError(f"{directory}/config.json: architectures is {names!r}; it must name one causal LM.")
     home: Any = modeling_modmoe
+    if str(config.get("model_type")).startswith(PACKED_PREFIX):
+        home = packed_modmoe
     if str(config.get("model_type")).startswith(ADAPTED_PREFIX):
         from modmoe.adapters import modeling_modmoe_adapters
         from modmoe.adapters.methods import METHODS

@@ -28,6 +28,8 @@ class CalibrationRecipe:
     """Tokens of a sequence; longer documents are cut."""
     batch_size: int = 8
     """Sequences of a batch."""
+    by_layer: bool | None = None
+    """Hold one decoder layer in memory at a time; None: where the model takes over half of the memory that is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from modmoe.recipe import Recipe
 
 Progress = Callable[..., None]
-"""Called with a message and, where they are known, the steps done and the steps in all."""
+"""Called with a message and, where they are known, what is done and what there is in all.
+
+What is counted stands behind the message's last comma: ``progress("writing, bytes", 10**6, 10**9)``.
+"""
 
 _COMMON = {
     "tasks": "tasks",
@@ -31,6 +34,7 @@ _CALIBRATION = {
     "tokens": "calibration.tokens",
     "sequence_length": "calibration.sequence_length",
     "batch_size": "calibration.batch_size",
+    "by_layer": "calibration.by_layer",
     "partition": "partition.method",
     "num_modules": "partition.num_modules",
     "score": "assignment.score",
@@ -274,6 +278,7 @@ def export(
     revision: str | None = None,
     approximate: bool = False,
     tasks: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a converted model or an adapter in a form that is given away. Returns what ``modmoe export --json`` prints.
 
@@ -295,6 +300,7 @@ def export(
         verify=verify,
         approximate=approximate,
         tasks=dict(tasks or {}),
+        progress=progress,
     )
 
 
@@ -318,6 +324,7 @@ def evaluate(
     expert: str | None = None,
     seed: int = 0,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure loss, perplexity, bits per byte and tokens a second of each task.
 
@@ -338,6 +345,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         expert=expert,
         seed=seed,
+        progress=progress,
     )
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .base import Fold, RoutedAdapter, SiteShape
 from .losses import soft_route
 from .passes import Frame
-from .routing import down_and_logits, dropped, kaiming_, mix_up, router_logits
+from .routing import down_and_logits, dropped, kaiming_, mix_up, narrow_linear, router_logits, softmax_experts
 
 
 @dataclass(kw_only=True)
@@ -77,11 +77,11 @@ class CoMoL(RoutedAdapter):
         """Return alpha / R  B (sum_e p_e C_e) A x."""
         dropout = self.settings.lora_dropout if self.training else 0.0
         if self.settings.core_routing:
-            z_TS = F.linear(dropped(x_TD, dropout, True), self.down_RD)
+            z_TS = narrow_linear(dropped(x_TD, dropout, True), self.down_RD)
             logits_TE = router_logits(z_TS, self.router_EX)
         else:
             z_TS, logits_TE = down_and_logits(x_TD, self.down_RD, self.router_EX, dropout)
-        probs_TE = logits_TE.softmax(-1)
+        probs_TE = softmax_experts(logits_TE)
         frame.record(soft_route(self.site, probs_TE, logits_TE))
         experts, rank, _ = self.cores_ERS.shape
         scaled_TE = self.settings.lora_alpha / rank * probs_TE
@@ -91,7 +91,7 @@ class CoMoL(RoutedAdapter):
             y_TR = F.dropout(torch.bmm(core_TRS, z_TS.unsqueeze(-1)).squeeze(-1), dropout)
         else:
             y_TR = mix_up(z_TS.repeat(1, experts), self.cores_ERS.transpose(0, 1), scaled_TE)
-        return F.linear(y_TR, self.up_OR)
+        return narrow_linear(y_TR, self.up_OR)
 
     @property
     def fold_kind(self) -> Fold:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .base import Fold, RoutedAdapter, SiteShape
 from .losses import Route
 from .passes import Frame
-from .routing import down_and_logits, kaiming_, mix_up, mixed_weight, normalised, top_k_mask
+from .routing import down_and_logits, kaiming_, mix_up, mixed_weight, normalised, softmax_experts, top_k_mask
 
 
 @dataclass(kw_only=True)
@@ -75,7 +75,7 @@ class MoLoRA(RoutedAdapter):
         """Return alpha / R  sum_e w_e B_e A_e x."""
         dropout = self.settings.lora_dropout if self.training else 0.0
         z_TX, logits_TE = down_and_logits(x_TD, self.down_ERD.flatten(0, 1), self.router_ED, dropout)
-        probs_TE = logits_TE.softmax(-1)
+        probs_TE = softmax_experts(logits_TE)
         if self.settings.top_k is None:
             weights_TE, chosen_TE = probs_TE, torch.ones_like(probs_TE, dtype=torch.bool)
         else:

@@ -8,6 +8,8 @@ centred profiles instead of counts, so that activations of either sign and dense
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from modmoe.analyze.kmeans import balanced_kmeans
 from modmoe.analyze.modules import Partition, check_num_modules
 from modmoe.analyze.profile import ActivationProfile
@@ -15,13 +17,18 @@ from modmoe.ffn import FFNWeights
 
 
 def cut_by_activations(profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
-    """Return balanced k-means modules of the centred, normalised columns of the profile's sketch.
+    """Return balanced k-means modules of the neurons' columns of the profile's sketch.
 
-    Distances of such columns are correlations of neurons. PartitionError where ``num_modules`` does not divide them.
+    Raises PartitionError where ``num_modules`` does not divide the neurons.
     """
     check_num_modules(profile.num_neurons, num_modules)
+    return Partition(balanced_kmeans(activation_features(profile), num_modules, seed), num_modules)
+
+
+def activation_features(profile: ActivationProfile) -> Tensor:
+    """Return column_FS, float32: the sketch's columns, centred and normalised; their distances are correlations."""
     column_FS = profile.rows_SF.T.double()
     column_FS = column_FS - column_FS.mean(1, keepdim=True)
     # a neuron that never moves stays at the origin rather than becoming noise of unit length
-    column_FS = column_FS / column_FS.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return Partition(balanced_kmeans(column_FS.float(), num_modules, seed), num_modules)
+    unit_FS: Tensor = column_FS / column_FS.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit_FS.float()

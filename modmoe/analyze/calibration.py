@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modmoe.errors import CalibrationError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from modmoe.analyze.stream import Runner, Turn
 
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 """The columns a row may have; where a file has several forms, the first of these counts."""
@@ -134,28 +136,42 @@ def token_batches(
 
 
 def cluster_sequences(
-    model: nn.Module, batches: Sequence[Batch], num_clusters: int, seed: int
+    runner: Runner,
+    batches: Sequence[Batch],
+    num_clusters: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[Batch]]:
     """Divide the sequences of one corpus into ``num_clusters`` tasks, named cluster0, cluster1, ...
 
     k-means on each sequence's mean hidden state, read behind half of the decoder layers, each dimension scaled to unit
-    variance. Sizes are not balanced. The model is left as it was.
+    variance. Sizes are not balanced. The model is left as it was. ``progress`` is called with tokens that are done.
 
     Raises:
         CalibrationError: fewer different sequences than clusters.
     """
     from sklearn.cluster import KMeans
 
-    from modmoe.analyze.stream import frozen, run_body
+    # here, since what runs the text is told apart from what it is
+    from modmoe.analyze import ranks
+    from modmoe.analyze.stream import starts_of
 
-    means: list[Tensor] = []
-    with frozen(model), torch.no_grad():
-        for batch in batches:
-            hidden_BTD = run_body(model, batch, output_hidden_states=True).hidden_states
-            middle_BTD = hidden_BTD[len(hidden_BTD) // 2].double().cpu()
-            mask_BT1 = batch.attention_mask_BT.double().unsqueeze(-1)
-            means.append((middle_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1))
-    features_ND = torch.cat(means) if means else torch.zeros(0, 1)
+    first = starts_of(len(batch.input_ids_BT) for batch in batches)
+    features_ND = torch.zeros(0, 1)
+    layers = (runner.num_layers + 1) // 2
+
+    def watch(layer: int, hidden_BTD: Tensor, turn: Turn) -> None:
+        nonlocal features_ND
+        if layer == layers - 1:
+            if not len(features_ND):
+                total = sum(len(batch.input_ids_BT) for batch in batches)
+                features_ND = torch.zeros(total, hidden_BTD.shape[-1], dtype=torch.float64)
+            mask_BT1 = turn.batch.attention_mask_BT.double().unsqueeze(-1)
+            mean_BD = (hidden_BTD.double().cpu() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1)
+            features_ND[first[turn.index] :][: len(mean_BD)] = mean_BD
+
+    runner.run({"": batches}, on_output=watch, layers=layers, progress=progress)
+    features_ND = ranks.add_up(features_ND)
     num_different = len(torch.unique(features_ND, dim=0))
     if num_different < num_clusters:
         raise CalibrationError(
@@ -165,7 +181,10 @@ def cluster_sequences(
     features_ND = features_ND - features_ND.mean(0)
     # a few dimensions of a hidden state are hundreds of times larger than the rest and would decide alone
     features_ND = features_ND / features_ND.std(0, correction=0).clamp_min(1e-12)
-    label_N = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(features_ND.numpy())
+    label_N = torch.zeros(len(features_ND), dtype=torch.int64)
+    if ranks.is_first():
+        label_N += torch.as_tensor(KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(features_ND.numpy()))
+    label_N = ranks.from_first(label_N)
     sequences = [
         ids_T[mask_T.bool()].tolist()
         for batch in batches

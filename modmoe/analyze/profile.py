@@ -5,7 +5,8 @@ gives the geometry of neurons to a few hundredths of a cosine at no measurable c
 forward.
 """
 
-# Shapes: P tasks, T tokens, D model width, F neurons, M modules, m neurons of a module, S rows of the sketch
+# Shapes: P tasks, T tokens, N some of them, D model width, F neurons, M modules, m neurons of a module,
+# S rows of the sketch, V vectors
 
 from __future__ import annotations
 
@@ -14,26 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from modmoe.analyze import ranks
 from modmoe.analyze.calibration import Batch
 from modmoe.analyze.modules import Partition
 from modmoe.analyze.storage import read_tensors, write_tensors
-from modmoe.analyze.stream import (
-    count_tokens,
-    down_weight,
-    draw_positions,
-    frozen,
-    num_layers,
-    real_rows,
-    run_body,
-    watched,
-)
+from modmoe.analyze.stream import Runner, Turn, count_tokens, down_weight, draw_positions, starts_of, turns_of
 from modmoe.errors import CalibrationError, CheckpointError, PartitionError
-from modmoe.families import Family
 
-_CHUNK_NUMBERS = 1 << 20
-_VECTORS = ("sum_PF", "abs_PF", "square_PF", "active_PF")
+_CHUNK_NUMBERS = 1 << 17
+_VECTORS = ("sum_PF", "abs_PF", "square_PF")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +42,6 @@ class ActivationProfile:
     """Sum of |h|."""
     square_PF: Tensor
     """Sum of h squared."""
-    active_PF: Tensor
-    """Number of tokens where |h| exceeds that token's mean |h| over the neurons."""
     taylor_PF: Tensor | None
     """Sum of |h dL/dh|, L the summed loss of the next tokens; None where the pass had no gradients."""
     rows_SF: Tensor
@@ -103,7 +93,6 @@ class ActivationProfile:
             sum_PF=add_all("sum_PF"),
             abs_PF=add_all("abs_PF"),
             square_PF=add_all("square_PF"),
-            active_PF=add_all("active_PF"),
             taylor_PF=add("taylor_PF"),
             rows_SF=_merge_rows(self, other),
             rows_seen=self.rows_seen + other.rows_seen,
@@ -112,8 +101,7 @@ class ActivationProfile:
 
 
 def profile_model(
-    model: nn.Module,
-    family: Family,
+    runner: Runner,
     batches: Mapping[str, Sequence[Batch]],
     *,
     partitions: Sequence[Partition] | None = None,
@@ -124,55 +112,52 @@ def profile_model(
 ) -> list[ActivationProfile]:
     """Run the tasks' batches through a causal LM and return one profile a layer.
 
+    It is the same whatever the runner, and of several processes each gets the same as one alone would.
+
     Args:
-        model: a transformers causal LM; runs in eval mode and is left as it was.
-        family: where its FFNs lie.
+        runner: ``WholeModel``, or ``ByLayer`` for a model that does not fit in memory.
         batches: the batches of each task.
         partitions: one a layer; with them the norms of the modules' outputs are summed too.
         gradients: run the backward pass too and sum |h dL/dh|; parameters stay frozen. Several times slower.
         sketch_rows: token rows kept of each layer; the same tokens in every layer.
         seed: decides which tokens the sketch holds.
-        progress: called with the tokens of each batch when it is done.
+        progress: called with tokens that are done; they add up to all tokens.
 
     Raises:
-        CalibrationError: a task has no tokens, or activations are not finite.
+        CalibrationError: a task has no tokens, activations are not finite, or the runner has no gradients.
         PartitionError: not one partition a layer, or of another number of neurons.
     """
     counts = count_tokens(batches)
-    layers = [_Sums(len(batches)) for _ in range(num_layers(model, family))]
+    tokens_P = torch.tensor(list(counts.values()))
+    profiles: list[ActivationProfile] = []
     if partitions is not None:
-        _check_partitions(model, family, partitions, len(layers))
+        _check_partitions(runner, partitions)
     position_S = draw_positions(sum(counts.values()), sketch_rows, seed)
-    task, offset, mask_BT = 0, 0, torch.empty(0)
+    layers = [_Sums(len(batches), len(position_S)) for _ in range(runner.num_layers)]
+    starts = starts_of(turn.batch.num_tokens for turn in turns_of(batches))
 
-    def watch(layer: int, hidden: Tensor) -> Tensor | None:
-        rows_TF = real_rows(hidden.detach(), mask_BT)
-        inside = (position_S >= offset) & (position_S < offset + len(rows_TF))
+    def watch(layer: int, hidden: Tensor, turn: Turn) -> Tensor | None:
+        rows_TF = turn.real_rows(hidden.detach())
+        at_S = position_S - starts[turn.index]
+        kept = torch.nonzero((at_S >= 0) & (at_S < len(rows_TF))).flatten()
         partition = None if partitions is None else partitions[layer]
-        down_DF = None if partitions is None else down_weight(model, family, layer)
-        layers[layer].add(task, rows_TF, position_S[inside] - offset, partition, down_DF)
+        down_DF = None if partitions is None else down_weight(runner.model, runner.family, layer)
+        layers[layer].keep(kept, rows_TF, at_S[kept])
+        layers[layer].add(turn.task, rows_TF, partition, down_DF)
         if not gradients:
             return None
         tracked = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        # the lambda runs in this batch's backward pass, before task and mask_BT are bound anew
         tracked.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: layers[layer].add_taylor(task, rows_TF, real_rows(gradient, mask_BT))
+            lambda gradient: layers[layer].add_taylor(turn.task, rows_TF, turn.real_rows(gradient))
         )
         return tracked
 
-    with frozen(model), torch.set_grad_enabled(gradients), watched(model, family, on_hidden=watch):
-        for index, name in enumerate(batches):
-            for batch in batches[name]:
-                task, mask_BT = index, batch.attention_mask_BT
-                if gradients:
-                    _backward(model, batch)
-                else:
-                    run_body(model, batch)
-                offset += batch.num_tokens
-                if progress is not None:
-                    progress(batch.num_tokens)
-    tokens_P = torch.tensor(list(counts.values()))
-    return [sums.finish(tuple(batches), tokens_P, layer) for layer, sums in enumerate(layers)]
+    def finish(layer: int) -> None:
+        profiles.append(layers[layer].finish(tuple(batches), tokens_P, layer))
+        layers[layer] = _Sums(0, 0)  # what it held is in the profile or of no more use
+
+    runner.run(batches, on_hidden=watch, on_layer=finish, gradients=gradients, progress=progress)
+    return profiles
 
 
 def save_profiles(path: str | Path, profiles: Sequence[ActivationProfile]) -> Path:
@@ -206,7 +191,6 @@ def load_profiles(path: str | Path) -> list[ActivationProfile]:
                 sum_PF=tensors[f"layers.{layer}.sum_PF"],
                 abs_PF=tensors[f"layers.{layer}.abs_PF"],
                 square_PF=tensors[f"layers.{layer}.square_PF"],
-                active_PF=tensors[f"layers.{layer}.active_PF"],
                 taylor_PF=tensors.get(f"layers.{layer}.taylor_PF"),
                 rows_SF=tensors[f"layers.{layer}.rows_SF"],
                 rows_seen=int(tensors[f"layers.{layer}.rows_seen"]),
@@ -221,35 +205,49 @@ def load_profiles(path: str | Path) -> list[ActivationProfile]:
 class _Sums:
     """The sums of one layer while the pass runs; allocated where the activations are."""
 
-    def __init__(self, num_tasks: int) -> None:
-        self.num_tasks = num_tasks
-        self.vectors: dict[str, Tensor] = {}
-        self.rows: list[Tensor] = []
+    def __init__(self, num_tasks: int, num_rows: int) -> None:
+        self.num_tasks, self.num_rows = num_tasks, num_rows
+        self.steps: dict[str, Tensor] = {}
+        self.rows_SF: Tensor | None = None
         self.gram_Mmm: Tensor | None = None
 
-    def _vector(self, field: str, like: Tensor, width: int) -> Tensor:
-        if field not in self.vectors:
-            self.vectors[field] = torch.zeros(self.num_tasks, width, dtype=torch.float64, device=like.device)
-        return self.vectors[field]
+    def keep(self, places: Tensor, rows_TF: Tensor, chosen: Tensor) -> None:
+        """Put the chosen rows into the sketch at their places."""
+        if self.rows_SF is None:
+            self.rows_SF = torch.zeros(self.num_rows, rows_TF.shape[1])
+        self.rows_SF[places] = rows_TF[chosen.to(rows_TF.device)].float().cpu()
+
+    def _add(self, field: str, task: int, sums_X: Tensor) -> None:
+        """Add the sums of one batch, so that the order of the batches does not matter."""
+        if field not in self.steps:
+            self.steps[field] = sums_X.new_zeros(len(ranks.STEPS), self.num_tasks, len(sums_X))
+        self.steps[field][:, task] += ranks.in_steps(sums_X)
 
     @torch.no_grad()
-    def add(
-        self, task: int, rows_TF: Tensor, chosen: Tensor, partition: Partition | None, down_DF: Tensor | None
-    ) -> None:
-        width = rows_TF.shape[1]
-        self.rows.append(rows_TF[chosen.to(rows_TF.device)].float().cpu())
-        sum_PF, abs_PF, square_PF, active_PF = (self._vector(field, rows_TF, width) for field in _VECTORS)
-        # in pieces that stay in the cache: float64 copies of a whole batch would be the largest tensors of the pass
-        for part_TF in torch.split(rows_TF, max(1, _CHUNK_NUMBERS // width)):
-            wide_TF = part_TF.double()
-            sum_PF[task] += wide_TF.sum(0)
-            square_PF[task] += torch.linalg.vecdot(wide_TF, wide_TF, dim=0)
-            size_TF = wide_TF.abs()
-            abs_PF[task] += size_TF.sum(0)
-            active_PF[task] += (size_TF > size_TF.mean(1, keepdim=True)).sum(0)
+    def add(self, task: int, rows_TF: Tensor, partition: Partition | None, down_DF: Tensor | None) -> None:
+        width, device = rows_TF.shape[1], rows_TF.device
+        sums_VF = torch.zeros(len(_VECTORS), width, dtype=torch.float64, device=device)
+        sum_F, abs_F, square_F = sums_VF
+        norm_M = torch.zeros(0 if partition is None else partition.num_modules, dtype=torch.float64, device=device)
+        # In pieces that stay in the cache, in two buffers that stay there too, and summed by BLAS: each piece in
+        # float32 (float64 where the model is), the pieces in float64.
+        size, dtype = max(1, _CHUNK_NUMBERS // width), torch.promote_types(rows_TF.dtype, torch.float32)
+        one_NF, two_NF = torch.empty(2, min(size, len(rows_TF)), width, dtype=dtype, device=device)
+        ones_1N = one_NF.new_ones(1, size)
+        for part_NF in torch.split(rows_TF, size):
+            free_NF, size_NF = one_NF[: len(part_NF)], two_NF[: len(part_NF)]
+            add_1N = ones_1N[:, : len(part_NF)]
+            wide_NF = part_NF if part_NF.dtype == dtype else free_NF.copy_(part_NF)
+            sum_F += (add_1N @ wide_NF)[0]
+            torch.abs(wide_NF, out=size_NF)
+            abs_F += (add_1N @ size_NF)[0]
+            square_F += (add_1N @ size_NF.square_())[0]
             if partition is not None and down_DF is not None:
-                norm_PM = self._vector("norm_PM", rows_TF, partition.num_modules)
-                norm_PM[task] += self._module_norms(part_TF, partition, down_DF).double().sum(0)
+                norm_M += self._module_norms(part_NF, partition, down_DF).double().sum(0)
+        for field, sums_F in zip(_VECTORS, sums_VF, strict=True):
+            self._add(field, task, sums_F)
+        if partition is not None:
+            self._add("norm_PM", task, norm_M)
 
     def _module_norms(self, rows_TF: Tensor, partition: Partition, down_DF: Tensor) -> Tensor:
         """Return the norms of F_j(x) = down_j h_j through h' (down_j' down_j) h: T F m products, no T M D numbers."""
@@ -264,13 +262,15 @@ class _Sums:
 
     @torch.no_grad()
     def add_taylor(self, task: int, rows_TF: Tensor, gradient_TF: Tensor) -> None:
-        taylor_PF = self._vector("taylor_PF", rows_TF, rows_TF.shape[1])
+        taylor_F = torch.zeros(rows_TF.shape[1], dtype=torch.float64, device=rows_TF.device)
         size = max(1, _CHUNK_NUMBERS // rows_TF.shape[1])
         for part_TF, slope_TF in zip(torch.split(rows_TF, size), torch.split(gradient_TF, size), strict=True):
-            taylor_PF[task] += (part_TF.double() * slope_TF.double()).abs_().sum(0)
+            taylor_F += (part_TF.double() * slope_TF.double()).abs_().sum(0)
+        self._add("taylor_PF", task, taylor_F)
 
     def finish(self, names: tuple[str, ...], tokens_P: Tensor, layer: int) -> ActivationProfile:
-        vectors = {field: vector.cpu() for field, vector in self.vectors.items()}
+        assert self.rows_SF is not None
+        vectors = {field: ranks.from_steps(ranks.add_up(steps.cpu())) for field, steps in self.steps.items()}
         for field, vector in vectors.items():
             if not bool(torch.isfinite(vector).all()):
                 raise CalibrationError(
@@ -282,34 +282,18 @@ class _Sums:
             vectors["sum_PF"],
             vectors["abs_PF"],
             vectors["square_PF"],
-            vectors["active_PF"],
             vectors.get("taylor_PF"),
-            torch.cat(self.rows),
+            ranks.add_up(self.rows_SF),
             int(tokens_P.sum()),
             vectors.get("norm_PM"),
         )
 
 
-def _backward(model: nn.Module, batch: Batch) -> None:
-    """Run forward and backward of the summed loss, so that a sequence counts the same in any batch."""
-    device = next(model.parameters()).device
-    ids_BT, mask_BT = batch.input_ids_BT.to(device), batch.attention_mask_BT.to(device)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    target_BT = ids_BT.masked_fill(mask_BT == 0, -100)[:, 1:]
-    loss = nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).to(torch.promote_types(logits_BTV.dtype, torch.float32)),
-        target_BT.flatten(),
-        ignore_index=-100,
-        reduction="sum",
-    )
-    torch.autograd.backward(loss)
-
-
-def _check_partitions(model: nn.Module, family: Family, partitions: Sequence[Partition], layers: int) -> None:
-    if len(partitions) != layers:
-        raise PartitionError(f"{len(partitions)} partitions for {layers} layers; give one a layer.")
+def _check_partitions(runner: Runner, partitions: Sequence[Partition]) -> None:
+    if len(partitions) != runner.num_layers:
+        raise PartitionError(f"{len(partitions)} partitions for {runner.num_layers} layers; give one a layer.")
     for layer, partition in enumerate(partitions):
-        neurons = down_weight(model, family, layer).shape[1]
+        neurons = down_weight(runner.model, runner.family, layer).shape[1]
         if len(partition.module_F) != neurons:
             raise PartitionError(f"layer {layer}: a partition of {len(partition.module_F)} neurons for {neurons}.")
 

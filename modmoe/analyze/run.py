@@ -4,26 +4,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import modmoe
+from modmoe.analyze import ranks
+from modmoe.analyze.bylayer import fits, free_bytes, model_bytes, open_model
 from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
-from modmoe.analyze.partition import Partition, check_num_modules, find_partitioner, save_partitions
+from modmoe.analyze.partition import Partition, check_num_modules, cut_layers, find_partitioner, save_partitions
 from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
 from modmoe.analyze.score import SCORES, module_scores
+from modmoe.analyze.stream import Runner
 from modmoe.checkpoint import Checkpoint, resolve_source, write_json
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.families import Family, family_of, layers_of, neurons_of
-from modmoe.ffn import FFNWeights, read_ffn
-from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load, load_tokenizer
+from modmoe.ffn import FFNWeights, LazyFFNs
+from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load_tokenizer, pick_device
 from modmoe.recipe import Recipe, dump_recipe
-from modmoe.staging import check_output, open_output
+from modmoe.staging import check_output
 
 Progress = Callable[..., None]
 
@@ -48,17 +52,17 @@ class Analysis:
     """What calibration found: one profile, partition and set of scores a layer."""
 
     source: Source
-    model: PreTrainedModel
+    runner: Runner
     tokenizer: Any
     batches: dict[str, list[Batch]]
-    ffns: list[FFNWeights]
+    ffns: Sequence[FFNWeights]
     profiles: list[ActivationProfile]
     partitions: list[Partition]
     scores_PM: list[Tensor]
 
 
-def open_source(recipe: Recipe, revision: str | None = None) -> Source:
-    """Check all that can be known before calibration and return the dense source.
+def open_source(recipe: Recipe, revision: str | None = None, progress: Progress | None = None) -> Source:
+    """Check all that can be known before calibration and return the dense source; the first process reads its bytes.
 
     Raises the kinds of ModmoeError: an unusable checkpoint, an unknown family, values that are not finite, a number of
     modules that does not divide the neurons, unknown methods, task files that cannot be read.
@@ -70,6 +74,11 @@ def open_source(recipe: Recipe, revision: str | None = None) -> Source:
     if recipe.assignment.score not in SCORES:
         raise RecipeError(
             f"assignment.score: no score '{recipe.assignment.score}'.{did_you_mean(recipe.assignment.score, SCORES)}"
+        )
+    if recipe.calibration.by_layer and recipe.assignment.score == "taylor":
+        raise RecipeError(
+            "calibration.by_layer: score taylor needs the whole model; choose another score, such as wanda, or set it "
+            "to false."
         )
     find_partitioner(recipe.partition.method)
     directory = resolve_source(recipe.source, revision)
@@ -84,8 +93,11 @@ def open_source(recipe: Recipe, revision: str | None = None) -> Source:
     check_num_modules(neurons, recipe.partition.num_modules)
     num_layers = layers_of(settings)
     _check_ffns(checkpoint, family, num_layers, neurons)
+    progress = progress or silent
+    progress("reading the tasks")
     texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
-    checkpoint.check_finite()
+    if ranks.is_first():
+        checkpoint.check_finite(partial(progress, "checking the source, bytes"))
     return Source(checkpoint, family, settings, classes, num_layers, neurons, texts)
 
 
@@ -103,15 +115,40 @@ def _check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons
             )
 
 
-def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analysis:
-    """Run the tasks' text through the dense model and cut every FFN into modules."""
+def open_runner(recipe: Recipe, source: Source, scratch: Path | None, progress: Progress) -> Runner:
+    """Return what runs the dense model: layer by layer where it takes more than half of the memory that is free."""
+    device, size_bytes = pick_device(recipe.device), model_bytes(source.checkpoint)
+    by_layer = recipe.calibration.by_layer
+    if by_layer is None:
+        # on a CPU the processes of a machine share its memory; all of them decide alike
+        copies = ranks.num_ranks_here() if device.type == "cpu" else 1
+        too_large = not fits(size_bytes * copies, device)
+        by_layer = recipe.assignment.score != "taylor" and bool(ranks.add_up(torch.tensor(int(too_large))))
+    sizes = f"{size_bytes / 1e9:.1f} GB, {free_bytes(device) / 1e9:.1f} GB free"
+    progress(f"opening the model {'layer by layer' if by_layer else 'whole'} ({sizes})")
+    return open_model(
+        source.checkpoint,
+        source.family,
+        by_layer=by_layer,
+        device=device,
+        scratch=scratch if scratch is not None and scratch.is_dir() else None,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: Path | None = None) -> Analysis:
+    """Run the tasks' text through the dense model and cut every FFN into modules.
+
+    ``scratch`` is the directory whose disk holds the hidden states of a model run layer by layer.
+    """
     directory = source.checkpoint.directory
-    model = load(directory, trust_remote_code=recipe.trust_remote_code, device=recipe.device)
-    model.requires_grad_(False)
+    runner = open_runner(recipe, source, scratch, progress)
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
     calibration = recipe.calibration
-    batches = {
-        name: token_batches(
+    batches = {}
+    for number, (name, rows) in enumerate(source.texts.items()):
+        progress("tokenizing, tasks", number, len(source.texts))
+        batches[name] = token_batches(
             tokenizer,
             name,
             rows,
@@ -120,34 +157,37 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analys
             batch_size=calibration.batch_size,
             seed=recipe.seed,
         )
-        for name, rows in source.texts.items()
-    }
+    progress("tokenizing, tasks", len(source.texts), len(source.texts))
     clusters = recipe.assignment.num_experts
     if len(batches) == 1 and clusters is not None and clusters > 1:
-        batches = cluster_sequences(model, next(iter(batches.values())), clusters, recipe.seed)
+        report = counter(progress, "clustering sequences, tokens", sum(tokens_by_task(batches).values()))
+        batches = cluster_sequences(runner, next(iter(batches.values())), clusters, recipe.seed, report)
     total = sum(tokens_by_task(batches).values())
     needs_gradients = recipe.assignment.score == "taylor"
     profiles = profile_model(
-        model,
-        source.family,
+        runner,
         batches,
         gradients=needs_gradients,
         seed=recipe.seed,
-        progress=counter(progress, "profiling tokens", total),
+        progress=counter(progress, "profiling, tokens", total),
     )
-    state = dict(source.checkpoint.items())
-    ffns = [read_ffn(state, source.family, layer) for layer in range(source.num_layers)]
-    del state
-    partitioner = find_partitioner(recipe.partition.method)
-    partitions = []
-    for layer, (profile, weights) in enumerate(zip(profiles, ffns, strict=True)):
-        progress("partitioning", layer, source.num_layers)
-        partitions.append(partitioner(profile, weights, recipe.partition.num_modules, recipe.seed))
-    progress("partitioning", source.num_layers, source.num_layers)
+    ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
+    layers = [layer for layer in range(source.num_layers) if ranks.is_mine(layer)]
+    found = cut_layers(
+        find_partitioner(recipe.partition.method),
+        lambda layer: (profiles[layer], ffns[layer]),
+        layers,
+        recipe.partition.num_modules,
+        recipe.seed,
+        progress=lambda done, all_layers: progress("partitioning, layers", done, all_layers),
+    )
+    modules_LF = torch.zeros(source.num_layers, source.neurons, dtype=torch.int64)
+    for layer, partition in zip(layers, found, strict=True):
+        modules_LF[layer] = partition.module_F
+    partitions = [Partition(module_F, recipe.partition.num_modules) for module_F in ranks.add_up(modules_LF)]
     if recipe.assignment.score == "output_norm":
         profiles = profile_model(
-            model,
-            source.family,
+            runner,
             batches,
             partitions=partitions,
             seed=recipe.seed,
@@ -157,17 +197,17 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress) -> Analys
         module_scores(recipe.assignment.score, profile, weights, partition)
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
-    return Analysis(source, model, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
 
 
 def counter(progress: Progress, message: str, total: int) -> Callable[[int], None]:
-    """Return a function that adds the tokens it is called with and reports the sum."""
+    """Return a function that adds the tokens it is called with and reports the sum, as if all ranks were as far."""
     done = 0
 
     def add(tokens: int) -> None:
         nonlocal done
-        done += tokens
-        progress(message, done, total)
+        done += tokens * ranks.num_ranks()
+        progress(message, min(done, total), total)
 
     progress(message, 0, total)
     return add
@@ -196,6 +236,7 @@ def silent(*_: Any) -> None:
     """Report no progress."""
 
 
+@ranks.joined()
 def analyze(
     recipe: Recipe,
     output: str,
@@ -207,16 +248,19 @@ def analyze(
 ) -> dict[str, Any]:
     """Profile a dense model and cut its FFNs into modules; write the statistics to ``output``, whole or not at all.
 
+    Processes that torchrun or accelerate launch started share the text and the layers; the first alone writes.
+
     Returns what ``modmoe analyze --json`` prints: the sizes, the tokens of each task, and where things were written.
     """
     progress = progress or silent
     check_output(output, overwrite=overwrite)
-    source = open_source(recipe, revision)
-    with open_output(output, overwrite=overwrite) as partial_directory:
-        analysis = analyze_source(recipe, source, progress)
-        save_analysis(partial_directory, analysis)
-        save_recipe(partial_directory, recipe)
-    if report is not None:
+    source = open_source(recipe, revision, progress)
+    with ranks.open_first_output(output, overwrite=overwrite) as partial_directory:
+        analysis = analyze_source(recipe, source, progress, partial_directory)
+        if ranks.is_first():
+            save_analysis(partial_directory, analysis)
+            save_recipe(partial_directory, recipe)
+    if report is not None and ranks.is_first():
         from modmoe.analyze.report import write_report
 
         write_report(Path(report), recipe, analysis)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from modmoe.analyze.modules import Partition
@@ -27,19 +28,27 @@ def _tokens(profile: ActivationProfile) -> Tensor:
     return profile.tokens_P.clamp_min(1).double().unsqueeze(1)
 
 
+def _sum_rows(down_DF: Tensor, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of each column's sizes in float64, some rows at a time: a copy of a large matrix is many GB."""
+    total_F = torch.zeros(down_DF.shape[1], dtype=torch.float64)
+    for rows_DF in torch.split(down_DF.detach(), 256):
+        total_F += size(rows_DF.cpu().double()).sum(0)
+    return total_F
+
+
 def _activation(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     return profile.abs_PF / _tokens(profile)
 
 
 def _wanda(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
-    size_F = weights.down_DF.detach().cpu().double().abs().mean(0)
+    size_F = _sum_rows(weights.down_DF, Tensor.abs) / len(weights.down_DF)
     return size_F * (profile.square_PF / _tokens(profile)).sqrt()
 
 
 def _wifv(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     mean_PF = profile.sum_PF / _tokens(profile)
     variance_PF = (profile.square_PF / _tokens(profile) - mean_PF.square()).clamp_min(0)
-    return variance_PF * weights.down_DF.detach().cpu().double().square().sum(0)
+    return variance_PF * _sum_rows(weights.down_DF, Tensor.square)
 
 
 def _taylor(profile: ActivationProfile, weights: FFNWeights) -> Tensor:

@@ -1,6 +1,6 @@
 """Which modules make up which expert."""
 
-# Shapes: P tasks, M modules, E experts (one a task), Q modules that are not shared
+# Shapes: P tasks, M modules, E experts (one a task), R modules of an expert, Q modules that are not shared
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Assignment:
     """bool; whether an expert has a module."""
     expert_names: tuple[str, ...]
     """One name an expert."""
+    best_ER: Tensor | None = None
+    """int64; each expert's modules, the best first, so that its first few are an expert as well."""
 
     def __post_init__(self) -> None:
         """Refuse experts that are empty, of unequal size, or not named one by one."""
@@ -39,6 +41,15 @@ class Assignment:
                 raise PartitionError(f"expert '{name}' has no modules; give each at least one.")
         if int(size_E.min()) != int(size_E.max()):
             raise PartitionError(f"experts have {int(size_E.min())} to {int(size_E.max())} modules; give all as many.")
+        held_ER = self.membership_EM.nonzero()[:, 1].reshape(len(self.membership_EM), -1)
+        if self.best_ER is not None and not torch.equal(self.best_ER.sort(1).values, held_ER):
+            raise PartitionError("modules are ranked that are not those of the experts; rank each expert's own.")
+
+    @property
+    def ranking_ER(self) -> Tensor:
+        """int64; ``best_ER``, or where nothing says what is best each expert's modules by number."""
+        held_ER = self.membership_EM.nonzero()[:, 1].reshape(len(self.membership_EM), -1)
+        return held_ER if self.best_ER is None else self.best_ER
 
     @property
     def modules_per_expert(self) -> int:
@@ -89,6 +100,8 @@ def assign_top_score(
 ) -> Assignment:
     """Give every expert the modules that matter most over all tasks, and then those that matter most for its own.
 
+    In this order they are ranked, too: first the shared ones by their mean, then an expert's own by their score for it.
+
     Args:
         scores_PM: how much each module matters for each task; standardised here, so that no task's scale outweighs.
         expert_names: one name a task.
@@ -115,7 +128,10 @@ def assign_top_score(
     if coverage:
         own_EQ = _cover(scores_PM[:, own], own_EQ)
     membership_EM[:, own] = own_EQ
-    return Assignment(membership_EM, expert_names)
+    last_EQ = torch.where(own_EQ, scores_PM[:, own], -torch.inf)
+    ranked_EQ = own[last_EQ.sort(dim=1, descending=True, stable=True).indices]
+    shared_ES = order_M[:shared_modules].repeat(len(expert_names), 1)
+    return Assignment(membership_EM, expert_names, torch.cat([shared_ES, ranked_EQ], 1)[:, :modules_per_expert])
 
 
 def assign_at_random(
@@ -129,6 +145,8 @@ def assign_at_random(
 ) -> Assignment:
     """Draw modules with no regard to the scores: the control, with as many shared modules and as many an expert.
 
+    Their ranking is as random: shared ones first, then in the order in which they were drawn.
+
     Arguments and errors are those of ``assign_top_score``.
     """
     _check_numbers(scores_PM, expert_names, modules_per_expert, shared_modules, coverage)
@@ -139,13 +157,15 @@ def assign_at_random(
     count = modules_per_expert - shared_modules
     membership_EM = torch.zeros(experts, modules, dtype=torch.bool)
     membership_EM[:, order_M[:shared_modules]] = True
+    best_ER = order_M[:modules_per_expert].repeat(experts, 1)
     for expert in range(experts):
         # dealt out in turn, every module goes to someone; what is free is then drawn
         dealt = own[expert::experts][:count] if coverage else own[:0]
         rest = own[~torch.isin(own, dealt)]
         drawn = rest[torch.randperm(len(rest), generator=generator)[: count - len(dealt)]]
-        membership_EM[expert, torch.cat([dealt, drawn])] = True
-    return Assignment(membership_EM, expert_names)
+        best_ER[expert, shared_modules:] = torch.cat([dealt, drawn])
+        membership_EM[expert, best_ER[expert]] = True
+    return Assignment(membership_EM, expert_names, best_ER)
 
 
 ASSIGNMENTS: dict[str, Assigner] = {"top_score": assign_top_score, "random": assign_at_random}

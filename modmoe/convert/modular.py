@@ -63,6 +63,10 @@ def modular_plan(
         replaced.update(name for op in made.values() for name in op.inputs)
         target = f"{family.layers}.{layer}.{family.ffn}"
         made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
+        # int32, since collectives that bring buffers to other processes know no int16
+        place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
+        place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
+        made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
         made.update(_router_ops(target, start, order_S, source.dtype(f"{family.layers}.{layer}.{family.down}.weight")))
         ops.update(made)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}

@@ -23,26 +23,24 @@ No start has an intercept, since the formats that routers are exported to have n
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from modmoe.analyze import ranks
 from modmoe.analyze.calibration import Batch
 from modmoe.analyze.modules import Partition
-from modmoe.analyze.stream import count_tokens, draw_positions, frozen, real_rows, run_body, watched
+from modmoe.analyze.stream import Runner, Turn, count_tokens, draw_positions, starts_of, turns_of
 from modmoe.convert.assignment import Assignment
-from modmoe.families import Family
+from modmoe.convert.fits import centroids, fit_logistic, fit_mlp, fit_ridge, hidden_width, soften
 from modmoe.ffn import FFNWeights
 from modmoe.recipe import RouterRecipe
 
 KEPT_ROWS = 2048
 """Rows of each layer that a router is fitted to."""
-_MOST_PROBABILITY = 0.8
-_MLP_STEPS = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +65,7 @@ class RouterStart:
 
 
 def start_routers(
-    model: nn.Module,
-    family: Family,
+    runner: Runner,
     batches: Mapping[str, Sequence[Batch]],
     ffns: Sequence[FFNWeights],
     partitions: Sequence[Partition],
@@ -76,19 +73,20 @@ def start_routers(
     router: RouterRecipe,
     seed: int,
     progress: Callable[[int], None] | None = None,
+    fitted: Callable[[int, int], None] | None = None,
 ) -> list[RouterStart]:
     """Fit one router a layer in one streaming pass, and with compensation measure the skipped modules in another.
 
     Args:
-        model: the dense model.
-        family: where its FFNs lie.
+        runner: runs the dense model.
         batches: the batches of each task.
         ffns: the layers' weights.
         partitions: one a layer.
         assignments: one a layer; task e is expert e's where routing is by task.
         router: what was asked for.
         seed: decides which tokens are kept and how an mlp router starts.
-        progress: called with the tokens of each batch when it is done.
+        progress: called with tokens that are done; they add up to all tokens, in each pass.
+        fitted: called with the layers whose router is fitted and the layers in all.
 
     Raises:
         CalibrationError: a task has no tokens.
@@ -96,15 +94,32 @@ def start_routers(
     masks_EF = [a.membership_EM[:, p.module_F] for a, p in zip(assignments, partitions, strict=True)]
     starts = [RouterStart()] * len(ffns)
     if router.routing != "task":
-        rows = _collect(model, family, batches, ffns, masks_EF, router, seed, progress)
-        starts = [
-            _fit(*kept, weights, assignment, partition, router, seed)
-            for kept, weights, assignment, partition in zip(rows, ffns, assignments, partitions, strict=True)
-        ]
+
+        def fit(layer: int, x_ND: Tensor, errors_NE: Tensor, sequence_N: Tensor) -> None:
+            if not ranks.is_mine(layer):
+                starts[layer] = _blank(x_ND.shape[1], errors_NE.shape[1], router.kind)
+                return
+            weights, assignment, partition = ffns[layer], assignments[layer], partitions[layer]
+            starts[layer] = _fit(x_ND, errors_NE, sequence_N, weights, assignment, partition, router, seed)
+            if fitted is not None:
+                fitted(min(layer + ranks.num_ranks(), len(ffns)), len(ffns))
+
+        _collect(runner, batches, ffns, masks_EF, router, seed, progress, fit)
+        starts = [ranks.add_up_fields(start) for start in starts]
     if router.compensation:
-        means = _skipped_means(model, family, batches, ffns, partitions, assignments, starts, router, progress)
+        means = _skipped_means(runner, batches, ffns, partitions, assignments, starts, router, progress)
         starts = [replace(start, means_MD=means_MD) for start, means_MD in zip(starts, means, strict=True)]
     return starts
+
+
+def _blank(width: int, experts: int, kind: str) -> RouterStart:
+    """Return zeros in the place of a router that another process fits."""
+    hidden = hidden_width(experts)
+    if kind == "mlp":
+        tensors = {"hidden_HD": torch.zeros(hidden, width), "output_EH": torch.zeros(experts, hidden)}
+    else:
+        tensors = {"weight_ED": torch.zeros(experts, width)}
+    return RouterStart(**tensors, agreement=0.0, chance=0.0, recovered=0.0)
 
 
 def route(start: RouterStart, x_ND: Tensor) -> Tensor:
@@ -116,39 +131,51 @@ def route(start: RouterStart, x_ND: Tensor) -> Tensor:
 
 
 def _collect(
-    model: nn.Module,
-    family: Family,
+    runner: Runner,
     batches: Mapping[str, Sequence[Batch]],
     ffns: Sequence[FFNWeights],
     masks_EF: Sequence[Tensor],
     router: RouterRecipe,
     seed: int,
     progress: Callable[[int], None] | None,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return x_ND, the experts' errors_NE and sequence_N, the sequence each row is of, for each layer."""
+    on_rows: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> None:
+    """Call ``on_rows`` with each layer, x_ND, the experts' errors_NE and sequence_N, the sequence each row is of."""
     by_sequence = router.routing == "sequence"
-    total = sum(count_tokens(batches).values())
+    count_tokens(batches)
+    masks = [turn.batch.attention_mask_BT for turn in turns_of(batches)]
+    sizes = [int(mask_BT.sum()) for mask_BT in masks]
     if by_sequence:
-        lengths = torch.cat([batch.attention_mask_BT.sum(1) for task in batches.values() for batch in task])
-        total = int((_count_chunks(lengths, router.routing_chunk) + 1).sum())
-    position_N = draw_positions(total, KEPT_ROWS, seed)
-    kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in ffns]
+        sizes = [int((_count_chunks(mask_BT.sum(1), router.routing_chunk) + 1).sum()) for mask_BT in masks]
+    first_row, first_sequence = starts_of(sizes), starts_of(map(len, masks))
+    position_N = draw_positions(sum(sizes), KEPT_ROWS, seed)
+    kept: dict[int, tuple[Tensor, ...]] = {}
     inputs: dict[int, Tensor] = {}
-    offset, first, rows, mask_BT = 0, 0, 0, torch.empty(0)
 
-    def watch_input(layer: int, x: Tensor) -> None:
-        inputs[layer] = real_rows(x.detach(), mask_BT)
+    def watch_input(layer: int, x: Tensor, turn: Turn) -> None:
+        inputs[layer] = turn.real_rows(x.detach())
 
-    def watch_hidden(layer: int, hidden: Tensor) -> None:
-        nonlocal rows
-        x_TD, hidden_TF = inputs.pop(layer), real_rows(hidden.detach(), mask_BT)
-        length_B = mask_BT.sum(1)
+    @lru_cache(maxsize=1)  # one layer after the other, its weights are read once
+    def read_down(layer: int, device: torch.device) -> Tensor:
+        return ffns[layer].down_DF.to(device, torch.float32)
+
+    def watch_hidden(layer: int, hidden: Tensor, turn: Turn) -> None:
+        x_TD, hidden_TF = inputs.pop(layer), turn.real_rows(hidden.detach())
+        at_N = position_N - first_row[turn.index]
+        places = torch.nonzero((at_N >= 0) & (at_N < sizes[turn.index])).flatten()
+        if layer not in kept:
+            shapes = (len(at_N), x_TD.shape[1]), (len(at_N), len(masks_EF[layer]))
+            kept[layer] = (*map(torch.zeros, shapes), torch.zeros_like(at_N))
+        if not len(places):
+            return
+        chosen_N = at_N[places]
+        down_DF = read_down(layer, hidden_TF.device)
+        length_B = turn.batch.attention_mask_BT.sum(1)
         sequence_N = torch.arange(len(length_B)).repeat_interleave(length_B)
-        rows = len(x_TD)
         if by_sequence:
             x_TD = x_TD.float()
             chunk_CD, chunk_T = _read_chunks(x_TD, length_B, router.routing_chunk)
-            errors_TE = _errors(hidden_TF, ffns[layer], masks_EF[layer])
+            errors_TE = _errors(hidden_TF, down_DF, masks_EF[layer])
             of_T, chunk_T = sequence_N.to(x_TD.device), chunk_T.to(x_TD.device)
             mean_BD = _sum_by(x_TD, of_T, len(length_B)) / length_B.clamp_min(1).unsqueeze(1).to(x_TD.device)
             x_TD = torch.cat([chunk_CD, mean_BD])
@@ -156,29 +183,22 @@ def _collect(
             chunks_B = _count_chunks(length_B, router.routing_chunk)
             order_B = torch.arange(len(length_B))
             sequence_N = torch.cat([order_B.repeat_interleave(chunks_B), order_B])
-            rows = len(x_TD)
-        inside = (position_N >= offset) & (position_N < offset + rows)
-        chosen_N = position_N[inside] - offset
         there_N = chosen_N.to(x_TD.device)
         # token by token, only the tokens that are kept are worth the products
-        errors_NE = errors_TE[there_N] if by_sequence else _errors(hidden_TF[there_N], ffns[layer], masks_EF[layer])
-        kept[layer].append((x_TD[there_N].float().cpu(), errors_NE.cpu(), first + sequence_N[chosen_N]))
+        errors_NE = errors_TE[there_N] if by_sequence else _errors(hidden_TF[there_N], down_DF, masks_EF[layer])
+        sequence_N = first_sequence[turn.index] + sequence_N[chosen_N]
+        for all_N, rows_N in zip(kept[layer], (x_TD[there_N].float().cpu(), errors_NE.cpu(), sequence_N), strict=True):
+            all_N[places] = rows_N
 
-    with frozen(model), torch.no_grad(), watched(model, family, on_input=watch_input, on_hidden=watch_hidden):
-        for task in batches.values():
-            for batch in task:
-                mask_BT = batch.attention_mask_BT
-                run_body(model, batch)
-                offset += rows
-                first += len(mask_BT)
-                if progress is not None:
-                    progress(batch.num_tokens)
-    return [(torch.cat(x), torch.cat(e), torch.cat(s)) for x, e, s in (zip(*parts, strict=True) for parts in kept)]
+    def finish(layer: int) -> None:
+        x_ND, errors_NE, sequence_N = map(ranks.add_up, kept.pop(layer))
+        on_rows(layer, x_ND, errors_NE, sequence_N)
+
+    runner.run(batches, on_input=watch_input, on_hidden=watch_hidden, on_layer=finish, progress=progress)
 
 
-def _errors(hidden_TF: Tensor, weights: FFNWeights, mask_EF: Tensor) -> Tensor:
+def _errors(hidden_TF: Tensor, down_DF: Tensor, mask_EF: Tensor) -> Tensor:
     """Return errors_TE, each expert's squared distance to the dense FFN's output."""
-    down_DF = weights.down_DF.to(hidden_TF.device, torch.float32)
     skip_EF = (~mask_EF).to(hidden_TF.device)
     return torch.stack([((hidden_TF.float() * skip_F) @ down_DF.T).square().sum(1) for skip_F in skip_EF], 1)
 
@@ -227,25 +247,27 @@ def _fit(
     stake_N = stake_N / stake_N[fit_N].mean().clamp_min(1e-30)
     args = (x_ND[fit_N], best_N[fit_N], stake_N[fit_N], experts)
     if router.kind == "mlp":
-        start = RouterStart() if router.start == "zero" else _fit_mlp(*args, seed)
-        if router.start == "zero":
-            hidden = max(16, 4 * experts)
+        if router.start != "zero":
+            hidden_HD, output_EH = fit_mlp(*args, seed)
+            start = RouterStart(hidden_HD=hidden_HD, output_EH=output_EH)
+        else:
+            hidden = hidden_width(experts)
             # a first layer of zeros would keep the second from ever learning
             drawn_HD = torch.randn(hidden, x_ND.shape[1], generator=torch.Generator().manual_seed(seed))
             start = RouterStart(hidden_HD=drawn_HD / x_ND.shape[1] ** 0.5, output_EH=torch.zeros(experts, hidden))
     elif router.start == "logistic":
-        start = RouterStart(weight_ED=_fit_logistic(*args))
+        start = RouterStart(weight_ED=fit_logistic(*args))
     elif router.start == "least_squares":
-        start = RouterStart(weight_ED=_fit_ridge(*args))
+        start = RouterStart(weight_ED=fit_ridge(*args))
     elif router.start == "centroid":
-        start = RouterStart(weight_ED=_centroids(*args))
+        start = RouterStart(weight_ED=centroids(*args))
     elif router.start == "average_key":
         key_FD = weights.key_FD.detach().float().cpu()
         member_EF = assignment.membership_EM[:, partition.module_F].float()
         start = RouterStart(weight_ED=member_EF @ key_FD / member_EF.sum(1, keepdim=True))
     else:
         start = RouterStart(weight_ED=torch.zeros(experts, x_ND.shape[1]))
-    scale = _scale(route(start, x_ND[fit_N])) if router.start != "zero" else 1.0
+    scale = soften(route(start, x_ND[fit_N])) if router.start != "zero" else 1.0
     chosen_N = route(start, x_ND[held_N]).argmax(1)
     return RouterStart(
         weight_ED=None if start.weight_ED is None else start.weight_ED * scale,
@@ -265,87 +287,8 @@ def _recovered(fit_NE: Tensor, held_NE: Tensor, chosen_N: Tensor) -> float:
     return float((one - found) / (one - best)) if one > best else 1.0
 
 
-def _fit_logistic(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -> Tensor:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    present = torch.unique(best_N)
-    weight_ED = torch.zeros(experts, x_ND.shape[1])
-    if len(present) == 1:
-        # one expert is best for every row: point the router at what the rows have in common
-        weight_ED[present[0]] = x_ND.mean(0)
-        return weight_ED
-    spread = float(x_ND.square().mean().sqrt().clamp_min(1e-12))
-    fitted = LogisticRegression(C=0.1, fit_intercept=False, max_iter=200)
-    with warnings.catch_warnings():
-        # a start need not be the optimum to the last digit
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted.fit((x_ND / spread).numpy(), best_N.numpy(), sample_weight=stake_N.numpy())
-    found = torch.as_tensor(fitted.coef_, dtype=torch.float32) / spread
-    # for two classes sklearn returns the one row of their difference
-    weight_ED[present] = torch.cat([-found, found]) / 2 if len(found) == 1 else found
-    if len(present) < experts:
-        # experts that were never best stay below the others
-        absent = [expert for expert in range(experts) if expert not in present.tolist()]
-        weight_ED[absent] = weight_ED[present].mean(0) - x_ND.mean(0) / x_ND.mean(0).norm().clamp_min(1e-12)
-    return weight_ED
-
-
-def _fit_ridge(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -> Tensor:
-    wide_ND, stake_N1 = x_ND.double(), stake_N.double().unsqueeze(1)
-    gram_DD = wide_ND.T @ (wide_ND * stake_N1)
-    ridge = 1e-2 * gram_DD.diagonal().mean().clamp_min(1e-12)
-    target_NE = F.one_hot(best_N, experts).double()
-    right_DE = wide_ND.T @ (target_NE * stake_N1)
-    regular_DD = gram_DD + ridge * torch.eye(len(gram_DD), dtype=torch.float64)
-    solved_DE: Tensor = torch.linalg.solve(regular_DD, right_DE)
-    return solved_DE.T.float()
-
-
-def _centroids(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -> Tensor:
-    one_hot_NE = F.one_hot(best_N, experts).float()
-    count_E1 = one_hot_NE.sum(0).clamp_min(1).unsqueeze(1)
-    return one_hot_NE.T @ x_ND / count_E1 - x_ND.mean(0)
-
-
-def _fit_mlp(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int, seed: int) -> RouterStart:
-    """Fit two layers with a ReLU between them by gradient descent on the weighted cross-entropy."""
-    hidden, width = max(16, 4 * experts), x_ND.shape[1]
-    draw = torch.Generator().manual_seed(seed)
-    spread = x_ND.square().mean().sqrt().clamp_min(1e-12)
-    scaled_ND = x_ND / spread
-    hidden_HD = (torch.randn(hidden, width, generator=draw) / width**0.5).requires_grad_()
-    output_EH = (torch.randn(experts, hidden, generator=draw) / hidden**0.5).requires_grad_()
-    optimizer = torch.optim.AdamW([hidden_HD, output_EH], lr=1e-2, weight_decay=1e-2)
-    with torch.enable_grad():
-        for _ in range(_MLP_STEPS):
-            batch_N = torch.randint(len(x_ND), (min(512, len(x_ND)),), generator=draw)
-            logits_NE = (scaled_ND[batch_N] @ hidden_HD.T).relu() @ output_EH.T
-            loss_N = F.cross_entropy(logits_NE, best_N[batch_N], reduction="none")
-            optimizer.zero_grad()
-            (loss_N * stake_N[batch_N]).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return RouterStart(hidden_HD=hidden_HD.detach() / spread, output_EH=output_EH.detach())
-
-
-def _scale(logits_NE: Tensor) -> float:
-    """Return a factor, at most 1, that leaves the softmax room: a saturated router has no gradient at top_k 1."""
-
-    def probability(factor: float) -> float:
-        return float((logits_NE * factor).softmax(1).max(1).values.mean())
-
-    if probability(1.0) <= _MOST_PROBABILITY:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if probability(middle) > _MOST_PROBABILITY else (middle, high)
-    return low
-
-
 def _skipped_means(
-    model: nn.Module,
-    family: Family,
+    runner: Runner,
     batches: Mapping[str, Sequence[Batch]],
     ffns: Sequence[FFNWeights],
     partitions: Sequence[Partition],
@@ -356,39 +299,34 @@ def _skipped_means(
 ) -> list[Tensor]:
     """Return means_MD of each layer: each module's mean output over the tokens that skip it, 0 where none does."""
     neurons = [len(partition.module_F) for partition in partitions]
-    sums_F = [torch.zeros(count, dtype=torch.float64) for count in neurons]
+    steps_GF = [ranks.in_steps(torch.zeros(count)) for count in neurons]
     skips_M = [torch.zeros(partition.num_modules, dtype=torch.float64) for partition in partitions]
     inputs: dict[int, Tensor] = {}
-    task, mask_BT = 0, torch.empty(0)
 
-    def watch_input(layer: int, x: Tensor) -> None:
-        inputs[layer] = real_rows(x.detach(), mask_BT).float().cpu()
+    def watch_input(layer: int, x: Tensor, turn: Turn) -> None:
+        inputs[layer] = turn.real_rows(x.detach()).float().cpu()
 
-    def watch_hidden(layer: int, hidden: Tensor) -> None:
-        x_TD, hidden_TF = inputs.pop(layer), real_rows(hidden.detach(), mask_BT).double().cpu()
+    def watch_hidden(layer: int, hidden: Tensor, turn: Turn) -> None:
+        x_TD, hidden_TF = inputs.pop(layer), turn.real_rows(hidden.detach()).double().cpu()
         member_EM = assignments[layer].membership_EM
         if router.routing == "task":
-            active_TM = member_EM[task].expand(len(x_TD), -1)
+            active_TM = member_EM[turn.task].expand(len(x_TD), -1)
         else:
             if router.routing == "sequence":
-                chunk_CD, chunk_T = _read_chunks(x_TD, mask_BT.sum(1), router.routing_chunk)
+                length_B = turn.batch.attention_mask_BT.sum(1)
+                chunk_CD, chunk_T = _read_chunks(x_TD, length_B, router.routing_chunk)
                 x_TD = chunk_CD[chunk_T]
             chosen_TK = route(starts[layer], x_TD).topk(router.top_k, dim=1).indices
             active_TM = member_EM[chosen_TK].any(1)
         skipped_TM = (~active_TM).double()
         skips_M[layer] += skipped_TM.sum(0)
-        sums_F[layer] += (hidden_TF * skipped_TM[:, partitions[layer].module_F]).sum(0)
+        steps_GF[layer] += ranks.in_steps((hidden_TF * skipped_TM[:, partitions[layer].module_F]).sum(0))
 
-    with frozen(model), torch.no_grad(), watched(model, family, on_input=watch_input, on_hidden=watch_hidden):
-        for index, batches_of_task in enumerate(batches.values()):
-            for batch in batches_of_task:
-                task, mask_BT = index, batch.attention_mask_BT
-                run_body(model, batch)
-                if progress is not None:
-                    progress(batch.num_tokens)
+    runner.run(batches, on_input=watch_input, on_hidden=watch_hidden, progress=progress)
     means = []
     for layer, partition in enumerate(partitions):
-        mean_F = sums_F[layer] / skips_M[layer].clamp_min(1)[partition.module_F]
+        sum_F = ranks.from_steps(ranks.add_up(steps_GF[layer]))
+        mean_F = sum_F / ranks.add_up(skips_M[layer]).clamp_min(1)[partition.module_F]
         down_DF = ffns[layer].down_DF.detach().double().cpu()
         order_F = partition.permutation_F
         parts_DMm = (down_DF * mean_F)[:, order_F].reshape(len(down_DF), partition.num_modules, -1)

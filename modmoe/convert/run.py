@@ -7,12 +7,15 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from modmoe.analyze import ranks
+from modmoe.analyze.bylayer import ByLayer, fits, model_bytes, open_model
 from modmoe.analyze.calibration import Batch
 from modmoe.analyze.run import (
     Analysis,
@@ -26,22 +29,22 @@ from modmoe.analyze.run import (
     silent,
     tokens_by_task,
 )
-from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
+from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, write_json
 from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.code import write_code
 from modmoe.convert.modular import modular_plan, neuron_order
 from modmoe.convert.routers import RouterStart, start_routers
 from modmoe.errors import PartitionError, PlanError, RecipeError, did_you_mean
 from modmoe.inspection import inspect
-from modmoe.loading import load
 from modmoe.recipe import Recipe
-from modmoe.staging import check_output, open_output
+from modmoe.staging import check_output
 
 METHODS = ("modular", "adapters")
 # above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
 _FLOAT64_PARAMETERS = 200_000_000
 
 
+@ranks.joined()
 def convert(
     recipe: Recipe,
     output: str,
@@ -53,6 +56,9 @@ def convert(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Turn a dense checkpoint into a parameter-sharing MoE at ``output``, whole or not at all.
+
+    Processes that torchrun or accelerate launch started share the text and the layers. The first alone writes, and the
+    others return no more than where.
 
     Returns what ``modmoe convert --json`` prints: the inspection of the new checkpoint with ``seconds``,
     ``peak_rss_bytes``, ``verified`` and how well each layer's router agrees with the best expert. The source is left
@@ -67,14 +73,15 @@ def convert(
         raise RecipeError(f"method: no method '{recipe.method}'.{did_you_mean(recipe.method, METHODS)}")
     check_output(output, overwrite=overwrite)
     check_experts(recipe)
-    progress("checking the source")
-    source = open_source(recipe, revision)
+    source = open_source(recipe, revision, progress)
     if dry_run:
         return plan_costs(recipe, source)
-    with open_output(output, overwrite=overwrite) as directory:
-        analysis = analyze_source(recipe, source, progress)
+    with ranks.open_first_output(output, overwrite=overwrite) as directory:
+        analysis = analyze_source(recipe, source, progress, directory)
         assignments = make_assignments(recipe, analysis)
         starts = _start_routers(recipe, analysis, assignments, progress)
+        if not ranks.is_first():
+            return {"output": str(output)}
         checkpoint = source.checkpoint
         plan = modular_plan(
             checkpoint,
@@ -87,8 +94,7 @@ def convert(
             source.settings,
         )
         plan.check(checkpoint)
-        progress("writing")
-        writer = CheckpointWriter(directory)
+        writer = CheckpointWriter(directory, report=partial(progress, "writing, bytes"))
         plan.run(checkpoint, writer)
         writer.finish(plan.config)
         copy_companions(checkpoint.directory, directory)
@@ -96,8 +102,13 @@ def convert(
         save_recipe(directory, recipe)
         save_analysis(directory / "analysis", analysis)
         write_json(directory / "analysis" / "plan.json", plan.describe())
-        progress("verifying")
-        verified = verify_all_on(directory, analysis, assignments, trust_remote_code=recipe.trust_remote_code)
+        verified = verify_all_on(
+            directory,
+            analysis,
+            assignments,
+            trust_remote_code=recipe.trust_remote_code,
+            report=partial(progress, "verifying, models"),
+        )
         result = {
             **inspect(str(directory)),
             "output": str(output),
@@ -107,7 +118,9 @@ def convert(
         if report is not None:
             from modmoe.analyze.report import write_report
 
+            progress("writing the report")
             write_report(Path(report), recipe, analysis, assignments=assignments, summary=result)
+        progress("putting it on the disk")
     result["seconds"] = round(time.monotonic() - started_s, 2)
     result["peak_rss_bytes"] = peak_rss_bytes()
     return result
@@ -168,9 +181,10 @@ def _start_routers(
     recipe: Recipe, analysis: Analysis, assignments: list[Assignment], progress: Progress
 ) -> list[RouterStart]:
     total = sum(tokens_by_task(analysis.batches).values()) * (2 if recipe.router.compensation else 1)
+    # layer by layer the fits come between the layers' text, whose count goes on
+    fitted = silent if isinstance(analysis.runner, ByLayer) else partial(progress, "fitting routers, layers")
     return start_routers(
-        analysis.model,
-        analysis.source.family,
+        analysis.runner,
         analysis.batches,
         analysis.ffns,
         analysis.partitions,
@@ -178,6 +192,7 @@ def _start_routers(
         recipe.router,
         recipe.seed,
         progress=counter(progress, "starting routers, tokens", total),
+        fitted=fitted,
     )
 
 
@@ -217,24 +232,45 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def verify_all_on(
-    directory: Path, analysis: Analysis, assignments: list[Assignment], *, trust_remote_code: bool
+    directory: Path,
+    analysis: Analysis,
+    assignments: list[Assignment],
+    *,
+    trust_remote_code: bool,
+    report: Callable[[int, int], None] = silent,
 ) -> dict[str, Any]:
     """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
 
-    Where modules were left out, their neurons are taken out of the dense model for the comparison.
+    Where modules were left out, their neurons are silent in the dense model for the comparison. Both run layer by layer
+    where the analysis did, or where a copy in the precision of the comparison would not fit. ``report`` is called with
+    the models run and the models in all.
     """
-    small = analysis.model.num_parameters() <= _FLOAT64_PARAMETERS
+    source, device = analysis.source.checkpoint, torch.device("cpu")
+    small = sum(parameter.numel() for parameter in analysis.runner.model.parameters()) <= _FLOAT64_PARAMETERS
     dtype = torch.float64 if small else torch.float32
     batch = next(iter(analysis.batches.values()))[0]
     rows = Batch(batch.input_ids_BT[:2], batch.attention_mask_BT[:2])
-    tied: Any = load(directory, trust_remote_code=trust_remote_code, dtype=dtype, device="cpu")
-    with torch.no_grad(), tied.all_modules():
-        found = tied(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits
+    options: dict[str, Any] = {
+        "by_layer": isinstance(analysis.runner, ByLayer) or not fits(model_bytes(source, dtype), device),
+        "device": device,
+        "scratch": directory,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    report(0, 2)
+    tied: Any = open_model(Checkpoint(directory), analysis.source.family, **options)
+    with tied.model.all_modules():
+        found = tied.logits(rows)
     del tied
-    dense = load(analysis.source.checkpoint.directory, trust_remote_code=trust_remote_code, dtype=dtype, device="cpu")
-    left_out = _silence_unused(dense, analysis, assignments)
-    with torch.no_grad():
-        wanted = dense(input_ids=rows.input_ids_BT, attention_mask=rows.attention_mask_BT, use_cache=False).logits
+    report(1, 2)
+    unused = [
+        neuron_order(partition, (~assignment.used_M).nonzero().squeeze(-1))
+        for partition, assignment in zip(analysis.partitions, assignments, strict=True)
+    ]
+    dense = open_model(source, analysis.source.family, **options)
+    wanted = dense.logits(rows, on_hidden=lambda layer, hidden, _: hidden.index_fill(-1, unused[layer], 0))
+    report(2, 2)
+    left_out = sum(int((~assignment.used_M).sum()) for assignment in assignments)
     counted = rows.attention_mask_BT.bool()
     difference = float((found - wanted)[counted].abs().max())
     scale = float(wanted[counted].abs().max())
@@ -249,19 +285,6 @@ def verify_all_on(
         "modules_left_out": left_out,
         "max_abs_logit": scale,
     }
-
-
-def _silence_unused(dense: PreTrainedModel, analysis: Analysis, assignments: list[Assignment]) -> int:
-    family, left_out = analysis.source.family, 0
-    for layer, (partition, assignment) in enumerate(zip(analysis.partitions, assignments, strict=True)):
-        unused_M = ~assignment.used_M
-        left_out += int(unused_M.sum())
-        neurons_F = neuron_order(partition, unused_M.nonzero().squeeze(-1))
-        down = dense.get_submodule(f"{family.layers}.{layer}.{family.down}")
-        with torch.no_grad():
-            weight = down.get_parameter("weight")
-            weight.index_fill_(0 if family.transposed else 1, neurons_F, 0.0)
-    return left_out
 
 
 def peak_rss_bytes() -> int:

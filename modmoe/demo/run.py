@@ -279,8 +279,9 @@ def write_demo_report(
     from modmoe.analyze.report import write_report
     from modmoe.analyze.run import Analysis, open_source
     from modmoe.analyze.score import module_scores
+    from modmoe.analyze.stream import WholeModel
     from modmoe.convert.run import make_assignments
-    from modmoe.ffn import read_ffn
+    from modmoe.ffn import LazyFFNs
     from modmoe.loading import load, load_tokenizer
     from modmoe.recipe import load_recipe
 
@@ -290,7 +291,7 @@ def write_demo_report(
     tokenizer, calibration = load_tokenizer(directory), recipe.calibration
     profiles = load_profiles(converted / "analysis")
     partitions = load_partitions(converted / "analysis")
-    ffns = [read_ffn(source.checkpoint, source.family, layer) for layer in range(source.num_layers)]
+    ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
     batches = {
         name: token_batches(
             tokenizer,
@@ -307,8 +308,8 @@ def write_demo_report(
         module_scores(recipe.assignment.score, profile, weights, partition)
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
-    model = load(directory, device="cpu")
-    analysis = Analysis(source, model, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    runner = WholeModel(load(directory, device="cpu"), source.family)
+    analysis = Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
     write_report(
         path,
         recipe,

@@ -8,13 +8,15 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modmoe.analyze import ranks
 from modmoe.analyze.calibration import load_task
 from modmoe.errors import CalibrationError, RecipeError, did_you_mean
 from modmoe.finetune.data import IGNORED, Collator, Row, encode_row
@@ -23,6 +25,7 @@ from modmoe.loading import load, load_tokenizer
 from modmoe.modeling.modeling_modmoe import ModularMixin
 
 
+@ranks.joined()
 def evaluate(
     source: str,
     tasks: dict[str, str],
@@ -35,10 +38,12 @@ def evaluate(
     trust_remote_code: bool = False,
     expert: str | None = None,
     seed: int = 0,
+    progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on each task's text, as ``modmoe eval --json`` prints it.
 
     Returns ``tasks: {NAME: {loss, perplexity, bits_per_byte, tokens, tokens_per_second}}``, see ``evaluate_model``.
+    Processes that torchrun or accelerate launch started share the batches; all get the same, but for the speed's noise.
     With a ``baseline``, measured on the same rows with its own tokenizer, ``baseline`` holds the same for it, and each
     task has ``ratio``, its loss over the baseline's.
 
@@ -48,6 +53,8 @@ def evaluate(
     """
 
     def measure(place: str, expert: str | None) -> dict[str, dict[str, float]]:
+        if progress is not None:
+            progress(f"loading {place}")
         model = load(place, trust_remote_code=trust_remote_code, device=device)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
         return evaluate_model(
@@ -59,6 +66,7 @@ def evaluate(
             batch_size=batch_size,
             expert=expert,
             seed=seed,
+            progress=progress,
         )
 
     found = measure(source, expert)
@@ -80,6 +88,7 @@ def evaluate_model(
     batch_size: int = 8,
     expert: str | None = None,
     seed: int = 0,
+    progress: Callable[..., None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a model in memory on each task's text; it is left as it was.
 
@@ -97,6 +106,7 @@ def evaluate_model(
         expert: name of the expert that a tied model uses throughout; None leaves it to the router, or to the expert of
             the task's name where the model is routed by task.
         seed: of the order of the rows.
+        progress: called with a message, the tokens read and the tokens in all.
 
     Returns, for each task, ``loss`` in nats a counted token, ``perplexity``, ``bits_per_byte`` of the counted text in
     UTF-8, ``tokens`` counted, and ``tokens_per_second`` of the forward passes, counted or not, without padding.
@@ -111,7 +121,8 @@ def evaluate_model(
     for name, file in tasks.items():
         rows = _draw(name, file, tokenizer, tokens, sequence_length, seed)
         with _reading(model, _expert_of(model, name, expert)):
-            results[name] = _measure(model, tokenizer, rows, batch_size)
+            report = None if progress is None else partial(progress, f"measuring {name}, tokens")
+            results[name] = _measure(model, tokenizer, rows, batch_size, report)
     return results
 
 
@@ -197,11 +208,21 @@ def _draw(name: str, file: str, tokenizer: Any, tokens: int, sequence_length: in
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, tokenizer: Any, rows: list[Row], batch_size: int) -> dict[str, float]:
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[Row],
+    batch_size: int,
+    report: Callable[[int, int], None] | None,
+) -> dict[str, float]:
     collator = Collator(padding=_padding(tokenizer), packing=False)
-    loss_sum, taken_s = 0.0, 0.0
+    losses, read, taken_s = [torch.zeros((), dtype=torch.float64)], 0, 0.0
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for number, batch in enumerate([batches[0], *batches]):
+    total = sum(len(row.input_ids) for row in rows)
+    if report is not None:
+        report(0, total)
+    mine = [batch for number, batch in enumerate(batches) if ranks.is_mine(number)]
+    for number, batch in enumerate([*mine[:1], *mine]):
         inputs = collator([{"input_ids": row.input_ids, "labels": _labels(row)} for row in batch])
         ids_BT, mask_BT = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
         start_s = _now(model)
@@ -210,10 +231,15 @@ def _measure(model: PreTrainedModel, tokenizer: Any, rows: list[Row], batch_size
         if number == 0:
             continue  # the first pass of a process prepares much that is not the model's speed
         taken_s += stop_s - start_s
+        read += sum(len(row.input_ids) for row in batch)
+        if report is not None:
+            report(min(read * ranks.num_ranks(), total), total)
         labels_BT = inputs["labels"].to(model.device)
         counts_BT = labels_BT[:, 1:] != IGNORED
         mean, _ = token_losses(logits_BTV[:, :-1][counts_BT], labels_BT[:, 1:][counts_BT])
-        loss_sum += mean.double().item() * int(counts_BT.sum())
+        losses.append(mean.double().cpu() * int(counts_BT.sum()))
+    loss_sum = float(ranks.from_steps(ranks.add_up(ranks.in_steps(torch.stack(losses)).sum(1))))
+    speed = float(ranks.add_up(torch.tensor(read / max(taken_s, 1e-9), dtype=torch.float64)))
     counted = sum(sum(row.counted) for row in rows)
     num_bytes = sum(size for row in rows for size, counts in zip(row.num_bytes, row.counted, strict=True) if counts)
     loss = loss_sum / counted
@@ -222,7 +248,7 @@ def _measure(model: PreTrainedModel, tokenizer: Any, rows: list[Row], batch_size
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "tokens": counted,
-        "tokens_per_second": sum(len(row.input_ids) for row in rows) / max(taken_s, 1e-9),
+        "tokens_per_second": speed,
     }
 
 

@@ -8,11 +8,11 @@ balance   E sum_e f_e P_e, averaged over layers; f_e the share of choices that f
           (Fedus et al., 2022, https://arxiv.org/abs/2101.03961, equation 4; f divided by top_k)
 """
 
-# Shapes: N counted tokens, V vocabulary, T tokens of a batch, E experts, K top_k
+# Shapes: N counted tokens, V vocabulary, T tokens of a batch, L layers, E experts, K top_k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -63,22 +63,28 @@ def _sums(logits_NV: Tensor, target_N: Tensor, teacher_NV: Tensor | None, temper
     return text, distill
 
 
-def balance_loss(logits: Mapping[int, Tensor], mask_T: Tensor, top_k: int) -> Tensor:
+def balance_loss(
+    logits: Mapping[int, Tensor], mask_T: Tensor, top_k: int, add_up: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Return the load-balance loss of a batch: 1 where experts are used evenly, up to E where all choose one.
 
     Args:
         logits: router logits_TE by layer, of one pass.
         mask_T: bool; padding is False and does not count.
         top_k: experts chosen at once.
+        add_up: sums a tensor over the ranks that have the rest of the batch. What is returned is then this rank's
+            part: the ranks' parts, and their gradients, add up to those of the whole.
     """
-    losses = []
-    for logits_TE in logits.values():
-        probs_NE = logits_TE[mask_T].softmax(-1, dtype=torch.float32)
-        num_experts = probs_NE.shape[1]
-        chosen_NK = probs_NE.topk(top_k, dim=-1).indices
-        share_E = torch.bincount(chosen_NK.flatten(), minlength=num_experts) / max(chosen_NK.numel(), 1)
-        losses.append(num_experts * (share_E * probs_NE.mean(0)).sum())
-    return torch.stack(losses).mean()
+    probs_LNE = torch.stack([logits_TE[mask_T] for logits_TE in logits.values()]).softmax(-1, dtype=torch.float32)
+    num_experts = probs_LNE.shape[-1]
+    chosen_LNK = probs_LNE.topk(top_k, dim=-1).indices
+    counts_LE = torch.stack([torch.bincount(chosen.flatten(), minlength=num_experts) for chosen in chosen_LNK])
+    if add_up is not None:
+        counts_LE = add_up(counts_LE)
+    # every token makes top_k choices, so the counts say how many tokens there are
+    choices_L1 = counts_LE.sum(1, keepdim=True).clamp_min(1)
+    share_LE, mean_LE = counts_LE / choices_L1, probs_LNE.sum(1) * top_k / choices_L1
+    return num_experts * (share_LE * mean_LE).sum(1).mean()
 
 
 def router_entropy(logits: Mapping[int, Tensor], mask_T: Tensor) -> Tensor:

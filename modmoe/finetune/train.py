@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from trl.trainer.sft_config import SFTConfig
 
+from modmoe.analyze import ranks
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
 from modmoe.convert.code import own_files, write_code
@@ -32,7 +33,7 @@ from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report
 from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import Recipe
-from modmoe.staging import check_output, open_output
+from modmoe.staging import check_output
 
 LOG = logging.getLogger(__name__)
 _EVAL_TOKENS = 16384
@@ -51,6 +52,7 @@ def finetune(
     """Train a checkpoint on the recipe's tasks and write one of the same form, whole or not at all.
 
     Weights learn in float32 (with bfloat16 products on a GPU that has them) and are written in the source's own type.
+    Under torchrun or accelerate launch the ranks share each batch; the first alone writes.
 
     Args:
         source: a tied checkpoint, or a dense one with ``train: full`` or ``lora``.
@@ -73,15 +75,20 @@ def finetune(
     started_s = time.monotonic()
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
-    with _quiet(), open_output(output, overwrite=overwrite, resume=True) as partial:
+    with _quiet(), ranks.joined(), ranks.open_first_output(output, overwrite=overwrite, resume=True) as partial:
         # open_output would throw the states away on any error; they stay as long as there is one to go on from
         states = partial / "trainer"
-        _clear(partial, keep=states if resume else None)
+        if ranks.is_first():
+            _clear(partial, keep=states if resume else None)
         try:
             result = _run(directory, partial, recipe, eval_tasks, resume, progress)
-            shutil.rmtree(states)
+            ranks.meet()
+            if ranks.is_first():
+                shutil.rmtree(states)
         except BaseException as error:
-            if isinstance(error, DivergedError) or not any(states.glob("checkpoint-*")):
+            if not ranks.is_first():
+                pass
+            elif isinstance(error, DivergedError) or not any(states.glob("checkpoint-*")):
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 LOG.info("what was trained so far is kept in %s; go on with --resume", partial)
@@ -98,16 +105,14 @@ def _run(
         # the base model's weights are not here: all that can learn is the adapter
         recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
     wanted, trust = recipe.finetune, recipe.trust_remote_code
+    if wanted.batch_size % ranks.num_ranks():
+        raise RecipeError(
+            f"finetune.batch_size: {wanted.batch_size} sequences do not divide among {ranks.num_ranks()} processes; "
+            "give a multiple."
+        )
     progress("loading")
     device = pick_device(recipe.device)
-    if wanted.train == "adapters":
-        model: Any = load_with_adapter(source, str(recipe.source or source), recipe, device)
-        lora = None
-    else:
-        if is_adapter(source):
-            raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
-        model = load(source, trust_remote_code=trust, dtype=torch.float32, device=device.type)
-        lora = _choose_what_learns(model, source, recipe)
+    model, lora = _open(source, recipe, device)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     teacher = None
     if wanted.distill_from is not None and wanted.distill_weight > 0:
@@ -127,16 +132,19 @@ def _run(
         experts=model.config.expert_names if _is_routed_by_task(model) else None,
         packing=packing,
     )
-    state = _find_state(partial / "trainer", describe_run(recipe, str(source), dataset), resume)
+    states = partial / "trainer"
+    found = _find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
+    step = int(ranks.from_first(torch.tensor(0 if found is None else int(found.name.rpartition("-")[2]))))
+    state = states / f"checkpoint-{step}" if step else None
     tasks: dict[str, dict[str, float]] = {}
     if eval_tasks:
-        progress("measuring before")
-        tasks = {name: {"before": loss} for name, loss in _losses(model, tokenizer, eval_tasks, recipe).items()}
+        before = _losses(model, tokenizer, eval_tasks, recipe, progress)
+        tasks = {name: {"before": loss} for name, loss in before.items()}
     total = model.num_parameters()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer: Any = ModularTrainer(
         model=model,
-        args=training_arguments(partial / "trainer", recipe, device, model.get_input_embeddings().weight.shape[1]),
+        args=training_arguments(states, recipe, device, model.get_input_embeddings().weight.shape[1]),
         data_collator=Collator(padding=padding, packing=packing),
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -149,17 +157,27 @@ def _run(
         "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "total": total,
     }
-    trainer.train_from(state)
+    with ranks.in_step():
+        trainer.train_from(state)
+    trained, is_sharded = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     progress("writing")
-    if wanted.train == "adapters":
-        trained = trainer.model
+    if is_sharded:
+        weights = trainer.accelerator.get_state_dict(trained)  # all ranks give, the first gets
+        if ranks.is_first():
+            trained = _open(source, recipe, torch.device("cpu"))[0]
+            trained = trained if lora is None else get_peft_model(trained, lora)
+            trained.load_state_dict(weights)
+    if wanted.train != "adapters" and isinstance(trained, PeftModel) and (ranks.is_first() or not is_sharded):
+        trained = trained.merge_and_unload()
+    if ranks.is_first() and wanted.train == "adapters":
         write_trained(trained, source, partial, recipe)
-    else:
-        trained = trainer.model.merge_and_unload() if isinstance(trainer.model, PeftModel) else trainer.model
+    elif ranks.is_first():
         _write(trained, source, partial, recipe)
+    ranks.meet()
     if eval_tasks:
-        progress("measuring after")
-        for name, loss in _losses(trained, tokenizer, eval_tasks, recipe).items():
+        if is_sharded:
+            trained = load(partial, trust_remote_code=trust, device=device.type)
+        for name, loss in _losses(trained, tokenizer, eval_tasks, recipe, progress).items():
             tasks[name]["after"] = loss
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
@@ -169,8 +187,19 @@ def _run(
         "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]},
         **({"tasks": tasks} if tasks else {}),
     }
-    write_json(partial / "modmoe_training.json", {**result, "log": history})
+    if ranks.is_first():
+        write_json(partial / "modmoe_training.json", {**result, "log": history})
     return result
+
+
+def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, LoraConfig | None]:
+    """Return the model with what learns marked, and the LoRA to attach where there is one."""
+    if recipe.finetune.train == "adapters":
+        return load_with_adapter(source, str(recipe.source or source), recipe, device), None
+    if is_adapter(source):
+        raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
+    model = load(source, trust_remote_code=recipe.trust_remote_code, dtype=torch.float32, device=device.type)
+    return model, _choose_what_learns(model, source, recipe)
 
 
 def _is_routed_by_task(model: PreTrainedModel) -> bool:
@@ -246,7 +275,7 @@ def training_arguments(states: Path, recipe: Recipe, device: torch.device, width
     arguments = SFTConfig(
         output_dir=str(states),
         max_steps=wanted.max_steps,
-        per_device_train_batch_size=wanted.batch_size,
+        per_device_train_batch_size=wanted.batch_size // ranks.num_ranks(),
         gradient_accumulation_steps=1,
         learning_rate=rate,
         lr_scheduler_type="cosine",
@@ -274,7 +303,9 @@ def training_arguments(states: Path, recipe: Recipe, device: torch.device, width
     return arguments
 
 
-def _losses(model: PreTrainedModel, tokenizer: Any, tasks: dict[str, str], recipe: Recipe) -> dict[str, float]:
+def _losses(
+    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, str], recipe: Recipe, progress: Any
+) -> dict[str, float]:
     found = evaluate_model(
         model,
         tokenizer,
@@ -283,6 +314,7 @@ def _losses(model: PreTrainedModel, tokenizer: Any, tasks: dict[str, str], recip
         sequence_length=recipe.finetune.sequence_length,
         batch_size=recipe.finetune.batch_size,
         seed=recipe.seed,
+        progress=progress,
     )
     return {name: numbers["loss"] for name, numbers in found.items()}
 

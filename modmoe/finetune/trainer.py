@@ -7,13 +7,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
@@ -55,6 +58,7 @@ class ModularTrainer(SFTTrainer):
         self.balances = self.routed is not None and self.top_k < self.routed.config.num_experts
         # routed adapters hang their routers' losses on the backbone's output themselves; here they are only told
         self.adapters = getattr(base, "routed_context", None)
+        self.num_ranks = int(self.accelerator.num_processes)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         # both print to stdout, which belongs to the command's result
         self.remove_callback(PrinterCallback)
@@ -71,10 +75,19 @@ class ModularTrainer(SFTTrainer):
                 return
         self.train(resume_from_checkpoint=None if state is None else str(state))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Return one order for the whole run, so that ranks that share its batches read what one alone would."""
+        wanted = self.args.max_steps * self.args.train_batch_size * self.num_ranks
+        rows: Any = self.train_dataset
+        return WholeRun(len(rows), wanted, self.args.seed)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch.
+
+        With several ranks it is this one's part of the loss over all ranks' tokens, times their number, since their
+        gradients are averaged: a rank with more tokens counts for more.
 
         The logits are asked for as a user would: TRL's own loss calls the backbone inside the model, past the forward
         that tells a tied model's layers what they are to read.
@@ -97,9 +110,12 @@ class ModularTrainer(SFTTrainer):
             with torch.no_grad():
                 teacher_NV = self.teacher(**inputs, use_cache=False).logits[:, :-1][counts_BT]
         text, distill = token_losses(logits_NV, target_N, teacher_NV, self.recipe.temperature)
-        loss = text
+        counted, seen = self._add_up(torch.tensor([len(target_N), int(mask_BT.sum())], device=text.device)).tolist()
+        scale = len(target_N) * self.num_ranks / max(counted, 1) if self.num_ranks > 1 else 1.0
+        loss = text = text * scale
         parts = {"loss_text": text}
         if distill is not None:
+            distill = distill * scale
             loss = (1 - self.recipe.distill_weight) * text + self.recipe.distill_weight * distill
             parts["loss_distill"] = distill
         if self.adapters is not None and self.adapters.loss is not None:
@@ -108,27 +124,30 @@ class ModularTrainer(SFTTrainer):
             mask_T = mask_BT.flatten()
             parts["router_entropy"] = router_entropy(router_logits, mask_T)
             if self.balances:
-                balance = balance_loss(router_logits, mask_T, self.top_k)
+                add_up = self._add_up if self.num_ranks > 1 else None
+                balance = balance_loss(router_logits, mask_T, self.top_k, add_up) * self.num_ranks
                 parts["loss_balance"] = balance
                 if self.recipe.balance_weight > 0:
                     loss = loss + self.recipe.balance_weight * balance
-        if not bool(torch.isfinite(loss)):
+        # all ranks end together: one that went on alone would wait for the others' gradients
+        joint = self._add_up(loss.detach().double()) / self.num_ranks
+        if not bool(torch.isfinite(joint)):
             rate = self.args.learning_rate
             raise DivergedError(
-                f"finetune: the loss is {loss.item()} at step {self.state.global_step + 1}; lower "
+                f"finetune: the loss is {joint.item()} at step {self.state.global_step + 1}; lower "
                 f"finetune.learning_rate (now {rate:g}), or look for damage in the weights or the text."
             )
         if self.model.training:
             for name, part in parts.items():
                 self._parts[name].append(part.detach())
             # a field of the trainer's state, so that it goes on after a resume
-            self.state.num_input_tokens_seen += int(mask_BT.sum())
+            self.state.num_input_tokens_seen += seen
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the means of the loss's parts since the last time."""
+        """Log with the means of the loss's parts since the last time, over all ranks."""
         for name, values in self._parts.items():
-            logs[name] = torch.stack(values).mean().item()
+            logs[name] = (self._add_up(torch.stack(values).mean()) / self.num_ranks).item()
         self._parts.clear()
         super().log(logs, start_time)
 
@@ -138,12 +157,17 @@ class ModularTrainer(SFTTrainer):
         transformers 5.23 loads a state's tensors by the names in the file and passes over those that do not fit, which
         leaves the experts of its own MoE models as they were (https://github.com/huggingface/transformers/issues/48805).
         """
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         config = copy.deepcopy(self.model.config)
         saved = type(self.model).from_pretrained(resume_from_checkpoint, config=config, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks; no gradient flows through it."""
+        total: Tensor = self.accelerator.reduce(tensor.detach(), "sum") if self.num_ranks > 1 else tensor
+        return total
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a state is no model that is given away."""
@@ -152,22 +176,50 @@ class ModularTrainer(SFTTrainer):
         """Tell nobody that this was run."""
 
 
+class WholeRun(Sampler[int]):
+    """The rows of a run in their order: the whole text again and again, each time in an order drawn anew."""
+
+    def __init__(self, num_rows: int, wanted: int, seed: int) -> None:
+        """Yield ``wanted`` numbers below ``num_rows``."""
+        self.num_rows, self.wanted, self.seed = num_rows, wanted, seed
+
+    def __len__(self) -> int:
+        """Return how many numbers there are."""
+        return self.wanted
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers."""
+        for start in range(0, self.wanted, self.num_rows):
+            generator = torch.Generator().manual_seed(self.seed + start // self.num_rows)
+            yield from torch.randperm(self.num_rows, generator=generator)[: self.wanted - start].tolist()
+
+
 class Report(TrainerCallback):
     """Tells the caller how far training is, and logs the losses."""
 
     def __init__(self, progress: Any) -> None:
         """Call ``progress(message, done, total)`` after each step."""
         self.progress = progress
+        self._since: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._since = (time.monotonic(), state.num_input_tokens_seen)
+        self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report a step."""
-        self.progress("training", state.global_step, state.max_steps)
+        self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Say the losses in one line."""
-        if not logs or "loss" not in logs:
+        """Say the losses and the speed since the last time in one line."""
+        if not logs or "loss" not in logs or not state.is_world_process_zero or self._since is None:
             return
+        now_s, seen = time.monotonic(), state.num_input_tokens_seen
+        speed = (seen - self._since[1]) / max(now_s - self._since[0], 1e-9)
+        self._since = (now_s, seen)
         names = {"loss_text": "text", "loss_distill": "distill", "loss_balance": "balance"}
         names |= {"loss_routers": "routers", "router_entropy": "entropy"}
         parts = ", ".join(f"{short} {logs[name]:.3f}" for name, short in names.items() if name in logs)
-        LOG.info("step %d of %d: loss %.3f (%s)", state.global_step, state.max_steps, logs["loss"], parts)
+        place = (state.global_step, state.max_steps)
+        LOG.info("step %d of %d: loss %.3f (%s), %s tokens/s", *place, logs["loss"], parts, f"{speed:,.0f}")

@@ -70,7 +70,7 @@ def test_people_read_tables_and_what_comes_next(command: str, noisy: Any, capsys
     if command.split()[0] in ("analyze", "convert", "finetune", "export"):
         assert "next: modmoe " in err
     if command.split()[0] in ("analyze", "convert", "finetune"):
-        assert "modmoe: working 2/2" in err
+        assert "modmoe: working: 2" in err
 
 
 def test_quiet_says_nothing(noisy: Any, capsys: pytest.CaptureFixture[str]) -> None:

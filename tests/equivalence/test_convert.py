@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modmoe.analyze.score import SCORES
 from modmoe.checkpoint import MANIFEST, Checkpoint, tensor_sha256
@@ -93,7 +94,7 @@ def test_every_routing_and_type(tmp_path, tasks, routing, dtype):
         recipe(source, tasks, **{"router.routing": routing, "router.compensation": True}), str(tmp_path / "out")
     )
     made = Checkpoint(tmp_path / "out")
-    assert {made.dtype(name) for name in made} == {dtype, torch.bool}
+    assert {made.dtype(name) for name in made} == {dtype, torch.bool, torch.int32}
     assert any("router" in name for name in made) == (routing != "task")
     assert found["routing"] == routing
 
@@ -118,3 +119,42 @@ def test_the_source_is_left_alone(tmp_path, tasks):
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     convert(recipe(source, tasks), str(tmp_path / "out"))
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
+@torch.no_grad()
+def test_a_model_cut_at_run_time_is_the_one_converted_with_fewer_modules(tmp_path, tasks):
+    """Every prefix of an expert is an expert; the ranking goes with the checkpoint, and an older one has none."""
+    source = save_dense(tmp_path / "dense")
+    models = {}
+    for size in (2, 4):
+        asked = {"router.routing": "task", "assignment.modules_per_expert": size, "assignment.shared_modules": 1}
+        convert(recipe(source, tasks, **asked), str(tmp_path / str(size)))
+        models[size] = load(tmp_path / str(size), dtype=torch.float64)
+    ids = token_ids()
+    models[4].save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", dtype=torch.float64)
+    for name in tasks:
+        for model in (*models.values(), again):
+            model.set_expert(name)
+        wanted, whole = models[2](ids).logits, models[4](ids).logits
+        for model in (models[4], again):
+            for way in ("masked", "runs"):
+                model.set_ffn_way(way)
+                model.set_active_modules(2)
+                torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-9, atol=1e-9)
+                model.set_active_modules(None)
+                torch.testing.assert_close(model(ids).logits, whole, rtol=1e-9, atol=1e-9)
+        assert (whole - wanted).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="5 is not between 1 and 4"):
+        again.set_active_modules(5)
+
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    older = {name: weight for name, weight in weights.items() if not name.endswith("ranking")}
+    assert len(older) == len(weights) - 2
+    save_file(older, tmp_path / "again" / "model.safetensors", metadata={"format": "pt"})
+    without = load(tmp_path / "again", dtype=torch.float64)
+    for ffn in (layer.mlp for layer in without.model.layers):
+        assert [row.nonzero()[:, 0].tolist() for row in ffn.membership] == ffn.ranking.tolist()
+    without.set_expert(next(iter(tasks)))
+    without.set_active_modules(2)
+    assert torch.isfinite(without(ids).logits).all()

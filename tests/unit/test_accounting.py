@@ -238,10 +238,10 @@ def test_modules_that_fit_do_fit_and_one_more_does_not(tmp_path: Path) -> None:
     recipe = make_recipe({"source": str(tmp_path), "tasks": tasks, "partition.num_modules": M})
     dense_bytes = tensor_bytes(Checkpoint(tmp_path))
     module_bytes = 2 * 4 * 3 * D * SIZE
-    added = 2 * (4 * 2 * D + 2 * M)
+    added = 2 * (4 * 2 * D + 2 * M)  # routers and membership; the ranking grows with the modules
     # two experts of R modules store at most 2 R
     for modules in (1, 2):
-        budget = dense_bytes + added - (M - 2 * modules) * module_bytes
+        budget = dense_bytes + added + 2 * 4 * 2 * modules - (M - 2 * modules) * module_bytes
         assert modules_that_fit(recipe, budget) == modules
         if modules > 1:
             assert modules_that_fit(recipe, budget - 1) == modules - 1
@@ -257,7 +257,7 @@ def test_modules_that_fit_with_shared_ones(tmp_path: Path) -> None:
     dense_bytes = tensor_bytes(Checkpoint(tmp_path))
     module_bytes = 2 * 4 * 3 * D * SIZE
     # 2 shared and 2 * (3 - 2) of their own
-    assert modules_that_fit(shared, dense_bytes + 2 * 2 * M - 2 * module_bytes) == 3
+    assert modules_that_fit(shared, dense_bytes + 2 * (2 * M + 4 * 2 * 3) - 2 * module_bytes) == 3
     covered = make_recipe({**values, "assignment.coverage": True, "router.routing": "task"})
     with pytest.raises(RecipeError):
         modules_that_fit(covered, dense_bytes - 1)

@@ -348,7 +348,7 @@ def test_layers_that_were_trained_whole_go_where_they_belong(bases, tmp_path):
         ("comol", {"form": "tied", "approximate": True}, "dense form only"),
         ("comol", {"form": "dense", "tasks": {"a": "a.txt"}}, "goes with tasks"),
         ("comol", {"form": "adapter", "dtype": "bfloat16"}, "leave --dtype out"),
-        ("comol", {"form": "packed"}, "not built yet"),
+        ("comol", {"form": "packed"}, "for converted models"),
         ("perft_r", {"form": "dense"}, "no linear map"),
         ("mixlora", {"form": "dense"}, "no linear map"),
     ],

@@ -12,7 +12,7 @@ from modmoe.adapters.hydralora import HydraLoRA, HydraLoRASettings
 from modmoe.adapters.ldmole import LDMoLE, LDMoLESettings
 from modmoe.adapters.molora import MoLoRA, MoLoRASettings
 from modmoe.adapters.moslora import MoSLoRA, MoSLoRASettings
-from modmoe.adapters.routing import mix_lora, router_logits
+from modmoe.adapters.routing import mix_lora, narrow_linear, router_logits
 from tests import reference_lora
 from tests.loras import MANY, SIZES, D, E, O, R, T, gradients, make, parameters, run
 
@@ -200,6 +200,31 @@ def test_mix_lora_is_a_sum_over_experts():
     down_ERD, up_OER = torch.randn(E, R, D), torch.randn(O, E, R)
     expected = sum(weights_TE[:, e : e + 1] * (x_TD @ down_ERD[e].T @ up_OER[:, e].T) for e in range(E))
     torch.testing.assert_close(mix_lora(x_TD, down_ERD, up_OER, weights_TE), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sizes", [(R, D), (O, R)])
+def test_a_narrow_product_is_linear(sizes, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    weight_OI = torch.randn(sizes).bfloat16().to(dtype).requires_grad_()
+    x_TI = torch.randn(T, sizes[1]).bfloat16().to(dtype).requires_grad_()
+    grad_TO = torch.randn(T, sizes[0]).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = narrow_linear(x_TI, weight_OI)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x_TI, weight_OI)]
+    expected = torch.nn.functional.linear(*wide)
+    torch.testing.assert_close(output, expected.bfloat16())
+    grads = torch.autograd.grad(output, (x_TI, weight_OI), grad_TO)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, wide, grad_TO.double()), strict=True):
+        torch.testing.assert_close(ours, theirs.bfloat16().to(dtype))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_narrow_product_needs_no_gradient_of_what_is_frozen(frozen):
+    tensors = [torch.randn(T, D).bfloat16(), torch.randn(R, D).bfloat16()]
+    tensors[1 - frozen].requires_grad_()
+    narrow_linear(*tensors).sum().backward()
+    assert tensors[frozen].grad is None and tensors[1 - frozen].grad.any()
 
 
 def test_a_router_without_gradient_is_as_exact():

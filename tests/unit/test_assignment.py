@@ -183,3 +183,21 @@ def test_seriation_of_a_ring_splits_only_what_must_be_split() -> None:
 
 def test_seriation_of_one_expert_is_its_modules() -> None:
     assert seriate(torch.tensor([[True, False, True]])).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("coverage", [False, True])
+@pytest.mark.parametrize("method", ASSIGNMENTS)
+def test_modules_are_ranked_and_the_first_are_the_expert_that_a_smaller_size_gives(method: str, coverage: bool) -> None:
+    options = {"shared_modules": 2, "coverage": coverage, "seed": 3}
+    made = ASSIGNMENTS[method](scores(3, 16), names(3), modules_per_expert=7, **options)
+    assert [sorted(row) for row in made.ranking_ER.tolist()] == [
+        row.nonzero()[:, 0].tolist() for row in made.membership_EM
+    ]
+    assert made.ranking_ER.tolist() != made.ranking_ER.sort(1).values.tolist()
+    assert bool((made.ranking_ER[:, :2] == made.ranking_ER[0, :2]).all()), "shared modules come first"
+    if method == "top_score" and not coverage:
+        for size in range(2, 7):
+            smaller = ASSIGNMENTS[method](scores(3, 16), names(3), modules_per_expert=size, **options)
+            assert torch.equal(smaller.ranking_ER, made.ranking_ER[:, :size])
+    with pytest.raises(PartitionError, match="ranked that are not those"):
+        Assignment(made.membership_EM, made.expert_names, (made.ranking_ER + 1) % 16)

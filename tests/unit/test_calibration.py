@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, render, token_batches
+from modmoe.analyze.stream import WholeModel
 from modmoe.errors import CalibrationError
+from modmoe.families import FAMILIES
 from tests.tiny import dense_model, tokenizer
 
 TEXT = [{"text": "a b c"}, {"text": "d"}]
@@ -164,10 +166,10 @@ def test_clusters_keep_every_sequence_and_part_two_kinds_of_text() -> None:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[:, 9:] = 0
     batches = [Batch(ids_BT[i : i + 4], mask_BT[i : i + 4]) for i in range(0, 12, 4)]
-    clusters = cluster_sequences(dense_model("llama"), batches, 2, seed=0)
+    clusters = cluster_sequences(WholeModel(dense_model("llama"), FAMILIES["llama"]), batches, 2, seed=0)
     assert list(clusters) == ["cluster0", "cluster1"]
     kinds = [{bool(row[0] >= 120) for batch in cluster for row in batch.input_ids_BT} for cluster in clusters.values()]
     assert sorted(map(sorted, kinds)) == [[False], [True]]
     assert sum(batch.num_tokens for cluster in clusters.values() for batch in cluster) == 12 * 9
     with pytest.raises(CalibrationError, match="cannot make 13 clusters"):
-        cluster_sequences(dense_model("llama"), batches, 13, seed=0)
+        cluster_sequences(WholeModel(dense_model("llama"), FAMILIES["llama"]), batches, 13, seed=0)

@@ -85,7 +85,7 @@ def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Pa
     assert result["parameters"]["trainable"] == result["parameters"]["total"]
     assert result["loss"]["last"] < result["loss"]["first"]
     assert all(numbers["after"] < numbers["before"] for numbers in result["tasks"].values())
-    assert ("training", 12, 12) in said
+    assert ("training, steps", 12, 12) in said
     assert "lm_head.weight" not in tensors(out)  # tied to the embedding, and written once
     assert any(name.endswith("gate_proj.weight") for name in changed(room / "token", out))
     assert read_config(out) == read_config(room / "token")
@@ -195,7 +195,7 @@ def stop_at(step: int | None, error: type[BaseException] = KeyboardInterrupt) ->
     """Stop a run behind a step, or while its checkpoint is written."""
 
     def progress(message: str, done: int | None = None, total: int | None = None) -> None:
-        if (message == "training" and done == step) or (message == "writing" and step is None):
+        if (message.startswith("training") and done == step) or (message == "writing" and step is None):
             raise error
 
     return progress
@@ -214,11 +214,11 @@ def test_a_resumed_run_is_the_unbroken_one(
     steps: list[int] = []
 
     def note(message: str, done: int | None = None, total: int | None = None) -> None:
-        if message == "training" and done is not None:
-            steps.append(done)
+        if message.startswith("training") and done is not None:
+            steps.append(done)  # the first is where it begins
 
     resumed = run(room, tmp_path / "out", "token", tasks, resume=True, progress=note, **values)
-    assert steps == again
+    assert steps[1:] == again
     assert not changed(tmp_path / "whole", tmp_path / "out")
     for key in ("steps", "tokens", "parameters", "loss"):
         assert resumed[key] == whole[key]

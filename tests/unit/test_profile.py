@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from modmoe.analyze import profile as profile_file
 from modmoe.analyze.calibration import Batch
 from modmoe.analyze.partition import Partition
 from modmoe.analyze.profile import ActivationProfile, load_profiles, profile_model, save_profiles
-from modmoe.analyze.stream import down_weight, watched
+from modmoe.analyze.stream import Turn, WholeModel, down_weight, watched
 from modmoe.errors import CalibrationError, CheckpointError, PartitionError
 from modmoe.families import FAMILIES
 from tests.tiny import NEURONS, dense_model
 
-FIELDS = ("tokens_P", "sum_PF", "abs_PF", "square_PF", "active_PF", "taylor_PF", "norm_PM")
+FIELDS = ("tokens_P", "sum_PF", "abs_PF", "square_PF", "taylor_PF", "norm_PM")
 FEW = ("llama", "gpt2", "opt", "phi3")
 
 
@@ -52,14 +53,14 @@ def direct(model: Any, model_type: str, layer: int, sequences: list[list[int]]) 
     for sequence in sequences:
         kept: list[Tensor] = []
 
-        def keep(at: int, h: Tensor, kept: list[Tensor] = kept) -> Tensor | None:
+        def keep(at: int, h: Tensor, _: Turn, kept: list[Tensor] = kept) -> Tensor | None:
             if at != layer:
                 return None
             kept.append(h.detach().clone().requires_grad_())
             return kept[0]
 
         ids_T = torch.tensor([sequence])
-        with watched(model, family, on_hidden=keep):
+        with watched(model, family, Turn(0, 0, padded([sequence])), on_hidden=keep):
             logits_TV = model(input_ids=ids_T).logits[0]
         loss = torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[0, 1:], reduction="sum")
         (slope,) = torch.autograd.grad(loss, kept[0])
@@ -75,7 +76,7 @@ def test_streaming_equals_direct_sums(model_type: str) -> None:
     batches = {"a": [padded(TASKS["a"][:2]), padded(TASKS["a"][2:])], "b": [padded(TASKS["b"])]}
     seen: list[int] = []
     profiles = profile_model(
-        model, FAMILIES[model_type], batches, partitions=[modules] * 2, gradients=True, progress=seen.append
+        WholeModel(model, FAMILIES[model_type]), batches, partitions=[modules] * 2, gradients=True, progress=seen.append
     )
     assert seen == [14, 7, 14]
     for layer, profile in enumerate(profiles):
@@ -89,7 +90,6 @@ def test_streaming_equals_direct_sums(model_type: str) -> None:
                 "sum_PF": h_TF.sum(0),
                 "abs_PF": size_TF.sum(0),
                 "square_PF": h_TF.square().sum(0),
-                "active_PF": (size_TF > size_TF.mean(1, keepdim=True)).double().sum(0),
                 "taylor_PF": (h_TF * slope_TF).abs().sum(0),
                 "norm_PM": torch.stack(
                     [
@@ -104,15 +104,31 @@ def test_streaming_equals_direct_sums(model_type: str) -> None:
                 torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11, msg=lambda m, f=field: f"{f}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_low_precision_add_up_in_high(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    # four rows a piece: 27 tokens make six whole ones and a part
+    monkeypatch.setattr(profile_file, "_CHUNK_NUMBERS", 4 * NEURONS)
+    runner = WholeModel(dense_model("llama").to(dtype), FAMILIES["llama"])
+    batches, rows = {"a": [padded(texts(8, (9, 11, 7)))]}, []
+    runner.run(batches, on_hidden=lambda layer, h, turn: rows.append(turn.real_rows(h).double()))
+    for profile, h_TF in zip(profile_model(runner, batches), rows, strict=True):
+        assert len(h_TF) == 27
+        atol = 1e-6 * float(h_TF.abs().max())
+        for found, wanted_F in (
+            (profile.sum_PF, h_TF.sum(0)),
+            (profile.abs_PF, h_TF.abs().sum(0)),
+            (profile.square_PF, h_TF.square().sum(0)),
+        ):
+            torch.testing.assert_close(found[0], wanted_F, rtol=1e-6, atol=atol)
+
+
 @pytest.mark.parametrize("model_type", FEW)
 def test_padding_does_not_move_a_statistic(model_type: str) -> None:
-    model, family = dense_model(model_type).double(), FAMILIES[model_type]
+    runner = WholeModel(dense_model(model_type).double(), FAMILIES[model_type])
     tight = {name: [padded([one]) for one in sequences] for name, sequences in TASKS.items()}
     loose = {name: [padded(sequences, 19)] for name, sequences in TASKS.items()}
     options: dict[str, Any] = {"partitions": [partition()] * 2, "gradients": True, "sketch_rows": 11, "seed": 4}
-    for one, two in zip(
-        profile_model(model, family, tight, **options), profile_model(model, family, loose, **options), strict=True
-    ):
+    for one, two in zip(profile_model(runner, tight, **options), profile_model(runner, loose, **options), strict=True):
         for field in FIELDS:
             torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=1e-9, atol=1e-11)
         assert one.rows_SF.shape == (11, NEURONS)
@@ -120,12 +136,12 @@ def test_padding_does_not_move_a_statistic(model_type: str) -> None:
 
 
 def test_merge_equals_the_profile_of_both() -> None:
-    model, family = dense_model("llama").double(), FAMILIES["llama"]
+    runner = WholeModel(dense_model("llama").double(), FAMILIES["llama"])
     options: dict[str, Any] = {"partitions": [partition()] * 2, "gradients": True}
-    first = profile_model(model, family, {"a": [padded(TASKS["a"][:2])]}, **options)
-    second = profile_model(model, family, {"b": [padded(TASKS["b"])], "a": [padded(TASKS["a"][2:])]}, **options)
+    first = profile_model(runner, {"a": [padded(TASKS["a"][:2])]}, **options)
+    second = profile_model(runner, {"b": [padded(TASKS["b"])], "a": [padded(TASKS["a"][2:])]}, **options)
     both = profile_model(
-        model, family, {"a": [padded(TASKS["a"][:2]), padded(TASKS["a"][2:])], "b": [padded(TASKS["b"])]}, **options
+        runner, {"a": [padded(TASKS["a"][:2]), padded(TASKS["a"][2:])], "b": [padded(TASKS["b"])]}, **options
     )
     for one, two, whole in zip(first, second, both, strict=True):
         merged = one.merge(two)
@@ -141,7 +157,7 @@ def synthetic(rows_SF: Tensor, rows_seen: int, taylor: bool = False) -> Activati
     zeros_PF = torch.zeros(1, rows_SF.shape[1], dtype=torch.float64)
     taylor_PF = zeros_PF if taylor else None
     return ActivationProfile(
-        ("t",), torch.tensor([rows_seen]), zeros_PF, zeros_PF, zeros_PF, zeros_PF, taylor_PF, rows_SF, rows_seen
+        ("t",), torch.tensor([rows_seen]), zeros_PF, zeros_PF, zeros_PF, taylor_PF, rows_SF, rows_seen
     )
 
 
@@ -162,13 +178,13 @@ def test_profiles_that_do_not_belong_together_are_refused() -> None:
 
 
 def test_the_sketch_is_a_uniform_draw_of_the_tokens() -> None:
-    model, family = dense_model("llama"), FAMILIES["llama"]
+    runner = WholeModel(dense_model("llama"), FAMILIES["llama"])
     batches = {"a": [padded(texts(5, (30, 30)))], "b": [padded(texts(6, (30, 30)))]}
-    whole = profile_model(model, family, batches, sketch_rows=500)[0].rows_SF
+    whole = profile_model(runner, batches, sketch_rows=500)[0].rows_SF
     assert len(whole) == 120
     counts = torch.zeros(120)
     for seed in range(60):
-        rows_SF = profile_model(model, family, batches, sketch_rows=40, seed=seed)[0].rows_SF
+        rows_SF = profile_model(runner, batches, sketch_rows=40, seed=seed)[0].rows_SF
         assert len(rows_SF) == 40
         counts += (torch.cdist(whole.double(), rows_SF.double()).min(1).values < 1e-6).float()
     # each token is in a third of the draws: 20 +- 3.7 of 60, so none lies six deviations off
@@ -177,13 +193,13 @@ def test_the_sketch_is_a_uniform_draw_of_the_tokens() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model, family = dense_model("llama"), FAMILIES["llama"]
-    model.train()
+    runner = WholeModel(dense_model("llama"), FAMILIES["llama"])
+    model: Any = runner.model.train()
     model.model.layers[0].eval()
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)
     before = [submodule.training for submodule in model.modules()]
-    profile_model(model, family, {"a": [padded(TASKS["a"])]}, gradients=True)
+    profile_model(runner, {"a": [padded(TASKS["a"])]}, gradients=True)
     assert [submodule.training for submodule in model.modules()] == before
     assert [parameter.requires_grad for parameter in parameters] == [False] + [True] * (len(parameters) - 1)
     assert all(parameter.grad is None for parameter in parameters)
@@ -192,15 +208,15 @@ def test_the_model_is_left_as_it_was() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        profile_model(model, family, {"a": [padded(TASKS["a"])]}, progress=stop)
+        profile_model(runner, {"a": [padded(TASKS["a"])]}, progress=stop)
     assert not any(submodule._forward_pre_hooks for submodule in model.modules())
 
 
 def test_round_trip_through_the_disk_is_exact(tmp_path: Path) -> None:
-    model, family = dense_model("opt"), FAMILIES["opt"]
+    runner = WholeModel(dense_model("opt"), FAMILIES["opt"])
     batches = {"a": [padded(TASKS["a"])], "b": [padded(TASKS["b"])]}
     for number, options in enumerate(({}, {"gradients": True, "partitions": [partition()] * 2})):
-        profiles = profile_model(model, family, batches, **options)
+        profiles = profile_model(runner, batches, **options)
         directory = tmp_path / str(number)
         path = save_profiles(directory, profiles)
         assert path == directory / "profile.safetensors"
@@ -222,14 +238,14 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_profiled_is_said_in_one_line() -> None:
-    model, family = dense_model("llama"), FAMILIES["llama"]
+    runner = WholeModel(dense_model("llama"), FAMILIES["llama"])
     batch = padded(TASKS["a"])
     with pytest.raises(CalibrationError, match=r"tasks\.b: no tokens"):
-        profile_model(model, family, {"a": [batch], "b": []})
+        profile_model(runner, {"a": [batch], "b": []})
     with pytest.raises(PartitionError, match="1 partitions for 2 layers"):
-        profile_model(model, family, {"a": [batch]}, partitions=[partition()])
+        profile_model(runner, {"a": [batch]}, partitions=[partition()])
     with pytest.raises(PartitionError, match="a partition of 4 neurons for 48"):
-        profile_model(model, family, {"a": [batch]}, partitions=[Partition(torch.arange(4), 4)] * 2)
-    model.model.layers[1].mlp.up_proj.weight.data.fill_(float("inf"))
+        profile_model(runner, {"a": [batch]}, partitions=[Partition(torch.arange(4), 4)] * 2)
+    runner.model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(float("inf"))
     with pytest.raises(CalibrationError, match=r"layer 1: .* is not finite"):
-        profile_model(model, family, {"a": [batch]})
+        profile_model(runner, {"a": [batch]})

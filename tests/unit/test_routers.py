@@ -12,12 +12,12 @@ from torch import Tensor
 
 from modmoe.analyze.calibration import Batch
 from modmoe.analyze.partition import Partition
-from modmoe.analyze.stream import watched
-from modmoe.convert import routers
+from modmoe.analyze.stream import Turn, WholeModel, watched
+from modmoe.convert import fits, routers
 from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.routers import RouterStart, route, start_routers
 from modmoe.families import FAMILIES
-from modmoe.ffn import FFNWeights, read_ffn
+from modmoe.ffn import FFNWeights, LazyFFNs
 from modmoe.recipe import RouterRecipe
 from tests.tiny import NEURONS, dense_model
 
@@ -38,9 +38,8 @@ def batches() -> dict[str, list[Batch]]:
 
 
 def setting(model_type: str = "llama") -> tuple[Any, ...]:
-    model, family = dense_model(model_type), FAMILIES[model_type]
-    state = dict(model.state_dict())
-    ffns = [read_ffn(state, family, layer) for layer in range(2)]
+    runner = WholeModel(dense_model(model_type), FAMILIES[model_type])
+    ffns = LazyFFNs(runner.model.state_dict(), runner.family, 2)
     generator = torch.Generator().manual_seed(1)
     partitions = [Partition(torch.randperm(NEURONS, generator=generator) % MODULES, MODULES) for _ in range(2)]
     scores_PM = torch.zeros(EXPERTS, MODULES)
@@ -50,10 +49,10 @@ def setting(model_type: str = "llama") -> tuple[Any, ...]:
         )
         for layer in range(2)
     ]
-    return model, family, batches(), ffns, partitions, assignments
+    return runner, batches(), ffns, partitions, assignments
 
 
-def seen(model: Any, family: Any, made: dict[str, list[Batch]]) -> list[list[list[tuple[Tensor, Tensor]]]]:
+def seen(runner: WholeModel, made: dict[str, list[Batch]]) -> list[list[list[tuple[Tensor, Tensor]]]]:
     """Return x and h of each layer, task and sequence, one sequence at a time and without padding."""
     found: list[list[list[tuple[Tensor, Tensor]]]] = [[[] for _ in made] for _ in range(2)]
     for task, parts in enumerate(made.values()):
@@ -64,12 +63,18 @@ def seen(model: Any, family: Any, made: dict[str, list[Batch]]) -> list[list[lis
                 def keep(layer: int, tensor: Tensor, what: str, kept: dict[tuple[int, str], Tensor]) -> None:
                     kept[layer, what] = tensor.detach().reshape(-1, tensor.shape[-1])
 
-                on_input = lambda layer, x, kept=kept: keep(layer, x, "x", kept)  # noqa: E731
-                on_hidden = lambda layer, h, kept=kept: keep(layer, h, "h", kept)  # noqa: E731
-                with torch.no_grad(), watched(model, family, on_input=on_input, on_hidden=on_hidden):
-                    model(input_ids=ids_T[mask_T.bool()].unsqueeze(0))
+                on_input = lambda layer, x, _, kept=kept: keep(layer, x, "x", kept)  # noqa: E731
+                on_hidden = lambda layer, h, _, kept=kept: keep(layer, h, "h", kept)  # noqa: E731
+                with torch.no_grad(), watched(runner.model, runner.family, Turn(0, 0, batch), on_input, on_hidden):
+                    runner.model(input_ids=ids_T[mask_T.bool()].unsqueeze(0))
                 for layer in range(2):
                     found[layer][task].append((kept[layer, "x"], kept[layer, "h"]))
+    return found
+
+
+def collect(*args: Any) -> list[tuple[Tensor, ...]]:
+    found: list[tuple[Tensor, ...]] = []
+    routers._collect(*args, 0, None, lambda layer, *rows: found.append(rows))
     return found
 
 
@@ -80,10 +85,10 @@ def error(h_F: Tensor, down_DF: Tensor, assignment: Assignment, partition: Parti
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "phi3", "gemma2"])
 def test_rows_and_errors_are_those_of_a_naive_loop(model_type: str) -> None:
-    model, family, made, ffns, partitions, assignments = setting(model_type)
+    runner, made, ffns, partitions, assignments = setting(model_type)
     masks_EF = [a.membership_EM[:, p.module_F] for a, p in zip(assignments, partitions, strict=True)]
-    found = routers._collect(model, family, made, ffns, masks_EF, RouterRecipe(), 0, None)
-    for layer, sequences in enumerate(seen(model, family, made)):
+    found = collect(runner, made, ffns, masks_EF, RouterRecipe())
+    for layer, sequences in enumerate(seen(runner, made)):
         x_ND, error_NE, sequence_N = found[layer]
         tokens = [(x, h, n) for n, (x, h) in enumerate(s for task in sequences for s in task)]
         torch.testing.assert_close(x_ND, torch.cat([x for x, _, _ in tokens]), rtol=1e-3, atol=1e-4)
@@ -97,12 +102,12 @@ def test_rows_and_errors_are_those_of_a_naive_loop(model_type: str) -> None:
 
 
 def test_sequence_rows_are_what_the_model_will_read() -> None:
-    model, family, made, ffns, partitions, assignments = setting()
+    runner, made, ffns, partitions, assignments = setting()
     masks_EF = [a.membership_EM[:, p.module_F] for a, p in zip(assignments, partitions, strict=True)]
     recipe = RouterRecipe(routing="sequence", routing_chunk=8)
-    x_ND, error_NE, sequence_N = routers._collect(model, family, made, ffns, masks_EF, recipe, 0, None)[0]
+    x_ND, error_NE, sequence_N = collect(runner, made, ffns, masks_EF, recipe)[0]
     number = 0
-    for task in seen(model, family, made)[0]:
+    for task in seen(runner, made)[0]:
         for x_TD, h_TF in task:
             wanted = []
             for start in range(0, len(x_TD), 8):
@@ -128,7 +133,7 @@ def test_sequence_rows_are_what_the_model_will_read() -> None:
 def test_every_start_has_its_shapes_and_repeats(
     monkeypatch: pytest.MonkeyPatch, start: Any, kind: Any, routing: Any
 ) -> None:
-    monkeypatch.setattr(routers, "_MLP_STEPS", 20)
+    monkeypatch.setattr(fits, "_MLP_STEPS", 20)
     args = setting()
     recipe = RouterRecipe(start=start, kind=kind, routing=routing, routing_chunk=8)
     first, again = (start_routers(*args, recipe, seed=3) for _ in range(2))
@@ -227,10 +232,10 @@ def chosen_experts(start: RouterStart, x_D: Tensor, task: int, recipe: RouterRec
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_compensation_is_the_mean_of_what_is_skipped(model_type: str, routing: Any, top_k: int) -> None:
     args = setting(model_type)
-    model, family, made, ffns, partitions, assignments = args
+    runner, made, ffns, partitions, assignments = args
     recipe = RouterRecipe(routing=routing, top_k=top_k, compensation=True, routing_chunk=8)
     starts = start_routers(*args, recipe, seed=0)
-    for layer, sequences in enumerate(seen(model, family, made)):
+    for layer, sequences in enumerate(seen(runner, made)):
         total_MD, count_M = torch.zeros(MODULES, 32), torch.zeros(MODULES)
         for task, parts in enumerate(sequences):
             for x_TD, h_TF in parts:
@@ -251,9 +256,9 @@ def test_compensation_is_the_mean_of_what_is_skipped(model_type: str, routing: A
 
 def test_kept_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routers, "KEPT_ROWS", 17)
-    model, family, made, ffns, partitions, assignments = setting()
+    runner, made, ffns, partitions, assignments = setting()
     masks_EF = [a.membership_EM[:, p.module_F] for a, p in zip(assignments, partitions, strict=True)]
     for routing in ("token", "sequence"):
         recipe = RouterRecipe(routing=routing, routing_chunk=8)  # type: ignore[arg-type]
-        for rows in routers._collect(model, family, made, ffns, masks_EF, recipe, 0, None):
+        for rows in collect(runner, made, ffns, masks_EF, recipe):
             assert [len(part) for part in rows] == [17, 17, 17]

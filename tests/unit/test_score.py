@@ -39,7 +39,6 @@ def profile(gradients: bool = True, norms: bool = True) -> ActivationProfile:
         sum_PF=total(TASKS),
         abs_PF=total([h.abs() for h in TASKS]),
         square_PF=total([h.square() for h in TASKS]),
-        active_PF=torch.zeros(2, NEURONS, dtype=torch.float64),
         taylor_PF=total([(h * g).abs() for h, g in zip(TASKS, SLOPES, strict=True)]) if gradients else None,
         rows_SF=torch.zeros(1, NEURONS),
         rows_seen=14,
