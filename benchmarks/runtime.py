@@ -4,7 +4,8 @@
 
 All variants run in turn in one process, on one thread; a ratio is the median over rounds of the ratio within a round,
 of processor time, since other processes may share the machine. Each call takes the next of several copies of the
-weights, as a model's layers do, so that none are found in a cache.
+weights, as a model's layers do, so that none are found in a cache. An expert is the shared modules and a window of
+neighbours; a ``scattered`` one drew its modules at random.
 
     decode    one token of a named task; time over the dense FFN's. ``ours, dense``: the same formulation, all modules.
               ``stream``: adding up as many bytes as the dense FFN has, as float32, in one call of torch.
@@ -65,10 +66,9 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(block.to(dtype).repeat(-(-rows // 16), 1)[:rows].clone(), requires_grad=False)
 
 
-def tied_layers(width: int, neurons: int, dtype: torch.dtype, member_ES: Tensor, routing: str) -> list[ModularFFN]:
-    """Return as many layers with the same experts as fill COPIES_BYTES, random weights in each."""
+def empty_layer(width: int, size: int, member_ES: Tensor, routing: str, expert: int | None = None) -> ModularFFN:
+    """Return a layer with these experts, its weights without memory."""
     experts, stored = member_ES.shape
-    size = neurons // MODULES
     config = SimpleNamespace(
         hidden_size=width,
         stored_modules=[stored],
@@ -86,13 +86,21 @@ def tied_layers(width: int, neurons: int, dtype: torch.dtype, member_ES: Tensor,
         router_hidden=0,
         compensation=False,
     )
+    with torch.device("meta"):
+        ffn = ModularFFN(config, 0, RoutingState([str(number) for number in range(experts)], expert=expert))
+    ffn.membership = member_ES.clone()
+    ffn.ranking = torch.zeros(ffn.ranking.shape, dtype=torch.int32)
+    ffn.check_ranking()
+    return ffn.eval()
+
+
+def tied_layers(width: int, neurons: int, dtype: torch.dtype, member_ES: Tensor, routing: str) -> list[ModularFFN]:
+    """Return as many layers with the same experts as fill COPIES_BYTES, random weights in each."""
+    experts, stored = member_ES.shape
+    size = neurons // MODULES
     layers = []
     for _ in range(max(3, COPIES_BYTES // (3 * width * neurons * dtype.itemsize))):
-        with torch.device("meta"):
-            ffn = ModularFFN(config, 0, RoutingState([str(number) for number in range(experts)]))
-        ffn.membership = member_ES.clone()
-        ffn.ranking = torch.zeros(ffn.ranking.shape, dtype=torch.int32)
-        ffn.check_ranking()
+        ffn = empty_layer(width, size, member_ES, routing)
         for linear, shape in (
             (ffn.gate_proj, (stored * size, width)),
             (ffn.up_proj, (stored * size, width)),
@@ -101,11 +109,23 @@ def tied_layers(width: int, neurons: int, dtype: torch.dtype, member_ES: Tensor,
             linear.weight = random_weight(*shape, dtype)
         if ffn.router is not None:
             ffn.router.weight = nn.Parameter(torch.randn(experts, width).to(dtype), requires_grad=False)
-        layers.append(ffn.eval())
+        layers.append(ffn)
     return layers
 
 
-def experts_of(count: int, fraction: float, shared: float) -> Tensor:
+def windows_of(count: int, fraction: float, shared: float) -> Tensor:
+    """Return a membership as conversion orders it: the shared modules first, then a window of neighbours an expert."""
+    each = int(MODULES * fraction)
+    core = int(each * shared)
+    member_ES = torch.zeros(count, MODULES, dtype=torch.bool)
+    member_ES[:, :core] = True
+    first_E = torch.linspace(core, MODULES - (each - core), count).round().long()
+    for expert, first in enumerate(first_E.tolist()):
+        member_ES[expert, first : first + each - core] = True
+    return member_ES
+
+
+def scattered_of(count: int, fraction: float, shared: float) -> Tensor:
     """Return a membership, seriated, of experts that share some of their modules and draw the rest; all are stored."""
     each = int(MODULES * fraction)
     names = tuple(str(number) for number in range(count))
@@ -154,7 +174,7 @@ def decode_rows(width: int, neurons: int, dtype: torch.dtype, fraction: float, r
     """One token of a named task. The ratio is over the active fraction: 1 is time in proportion to what is on."""
     x_1D = torch.randn(1, width).to(dtype)
     torch._dynamo.reset()
-    layers = tied_layers(width, neurons, dtype, experts_of(8, fraction, 0.5), "task")
+    layers = tied_layers(width, neurons, dtype, windows_of(8, fraction, 0.5), "task")
     for layer in layers:
         layer.state.expert = 3
     count, whole = len(layers), 3 * width * neurons
@@ -181,17 +201,10 @@ def decode_rows(width: int, neurons: int, dtype: torch.dtype, fraction: float, r
     seconds = measure(calls, rounds)
     case = f"decode {width} {str(dtype).removeprefix('torch.')} {fraction:g}"
     eager = 1.3 if fraction == 0.125 else 1.2
+    compiled_bound = (1.1 if fraction == 0.5 else 0.9) if dtype == torch.bfloat16 else None
     return [
         row(seconds, "runs", "dense", case, scale=1 / fraction, bound=eager, most=True),
-        row(
-            seconds,
-            "compiled",
-            "dense compiled",
-            case,
-            scale=1 / fraction,
-            bound=(1.1 if fraction == 0.5 else 0.9) if dtype == torch.bfloat16 else None,
-            most=True,
-        ),
+        row(seconds, "compiled", "dense compiled", case, scale=1 / fraction, bound=compiled_bound, most=True),
         row(seconds, "compiled", "dense", case, scale=1 / fraction, bound=None, most=True),
         row(seconds, "runs", "runs, all modules", case, scale=1 / fraction, bound=None, most=True),
         row(seconds, "compiled", "compiled, all modules", case, scale=1 / fraction, bound=None, most=True),
@@ -203,29 +216,10 @@ def decode_rows(width: int, neurons: int, dtype: torch.dtype, fraction: float, r
 
 def copy_all_on(ffn: ModularFFN) -> ModularFFN:
     """Return a layer on the same weights with one expert that has every module."""
-    config = SimpleNamespace(
-        hidden_size=ffn.up_proj.in_features,
-        stored_modules=[ffn.stored_modules],
-        module_size=ffn.module_size,
-        num_experts=1,
-        num_experts_per_tok=1,
-        modules_per_expert=ffn.stored_modules,
-        routing="task",
-        combine="union",
-        routing_chunk=64,
-        ffn_biases=[],
-        ffn_gated=True,
-        ffn_activation="silu",
-        ffn_dropout=0.0,
-        router_hidden=0,
-        compensation=False,
-    )
-    with torch.device("meta"):
-        made = ModularFFN(config, 0, RoutingState(["all"], expert=0))
-    made.membership = torch.ones(1, ffn.stored_modules, dtype=torch.bool)
-    made.ranking = torch.arange(ffn.stored_modules, dtype=torch.int32).unsqueeze(0)
+    every_1S = torch.ones(1, ffn.stored_modules, dtype=torch.bool)
+    made = empty_layer(ffn.up_proj.in_features, ffn.module_size, every_1S, "task", expert=0)
     made.gate_proj, made.up_proj, made.down_proj = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-    return made.eval()
+    return made
 
 
 class Duplicated:
@@ -264,6 +258,7 @@ def routed_rows(
     bounds: dict[str, float],
     rounds: int,
     others: bool = False,
+    experts_of: Callable[[int, float, float], Tensor] = windows_of,
 ) -> list[dict[str, Any]]:
     """Tokens that each go to an expert drawn for them, half of the modules shared, against dense and duplicated."""
     layers = tied_layers(width, neurons, dtype, experts_of(experts, fraction, 0.5), "token")
@@ -314,7 +309,7 @@ def transformers_experts(duplicated: Duplicated, width: int, way: str) -> Any:
 
 def one_expert_rows(width: int, neurons: int, dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """A prompt of one task."""
-    layers = tied_layers(width, neurons, dtype, experts_of(8, 0.25, 0.5), "task")
+    layers = tied_layers(width, neurons, dtype, windows_of(8, 0.25, 0.5), "task")
     for layer in layers:
         layer.state.expert = 3
     x_TD = torch.randn(tokens, width).to(dtype)
@@ -355,6 +350,8 @@ def all_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows += routed_rows(
                 case, 2048, 8192, low, tokens=tokens, experts=experts, fraction=0.25, bounds=bounds, **few
             )
+            adverse = {"fraction": 0.25, "bounds": {}, "experts_of": scattered_of, **few}
+            rows += routed_rows(f"{case}, scattered", 2048, 8192, low, tokens=tokens, experts=experts, **adverse)
     if "others" in cases:
         for tokens in (8, 512):
             case = f"others 2048 {tokens} tokens, 8 experts, 1/4"

@@ -110,6 +110,9 @@ class ModularFFN(nn.Module):
             )
         features_TD = x_TD
         if self.routing == "sequence":
+            kept = self.state.kept_choice(self.layer)
+            if kept is not None:
+                return kept
             features_TD = sequence_features(self.state, self.layer, x, self.chunk)
         logits_TE = self.router(features_TD)
         self.state.record(self.layer, logits_TE)
@@ -117,7 +120,10 @@ class ModularFFN(nn.Module):
         weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
         if self.combine == "sum" and self.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return ids_TK, weights_TK.to(x_TD.dtype)
+        weights_TK = weights_TK.to(x_TD.dtype)
+        if self.routing == "sequence":
+            self.state.keep_choice(self.layer, ids_TK, weights_TK)
+        return ids_TK, weights_TK
 
     def coefficients(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Return what multiplies each module's output, coefficients_TS, and whether it is on at all, active_TS.
@@ -165,11 +171,14 @@ class ModularFFN(nn.Module):
         modules = self._modules
         for name in ("up_proj", "down_proj", "gate_proj") if self.gated else ("up_proj", "down_proj"):
             linear: Any = modules[name]
-            if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+            # its attributes are read where nn.Module keeps them: this runs for every token
+            held = linear.__dict__
+            weight = held["_parameters"].get("weight")
+            if type(linear) is not nn.Linear or type(weight) is not nn.Parameter:
                 return False
-            if "_hf_hook" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks:
+            if "_hf_hook" in held or held["_forward_hooks"] or held["_forward_pre_hooks"]:
                 return False
-        return not torch.is_autocast_enabled(linear.weight.device.type)
+        return not torch.is_autocast_enabled(weight.device.type)
 
     def member_ES(self, dtype: torch.dtype) -> Tensor:
         """Return 1 where an expert has a module that counts, after ``set_active_modules``, else 0."""

@@ -1,6 +1,6 @@
 """What the layers of one model share while it runs: named experts, where sequences begin, what was chosen before."""
 
-# Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, E experts
+# Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, E experts, K chosen at once
 
 from __future__ import annotations
 
@@ -47,6 +47,26 @@ class RoutingState:
         if self.is_recording and layer not in self.logits:
             self.logits[layer] = logits_TE
 
+    def kept_choice(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return the experts and weights of each token, [T, K], where a prompt fixed them and no one asks for more."""
+        memory = None if self.memory is None else self.memory.get(layer)
+        if memory is None or memory.choice_BK is None or self.prompt_tokens:
+            return None
+        ids_BK, weights_BK = memory.choice_BK
+        batch, tokens = self.shape
+        if len(ids_BK) != batch or self.is_recording or torch.is_grad_enabled():
+            return None
+        if tokens == 1:
+            return ids_BK, weights_BK
+        return ids_BK.repeat_interleave(tokens, 0), weights_BK.repeat_interleave(tokens, 0)
+
+    def keep_choice(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        """Keep with the cache what a prompt fixed, so that tokens after it need no router."""
+        memory = None if self.memory is None else self.memory.get(layer)
+        batch, tokens = self.shape
+        if memory is not None and memory.is_fixed and len(memory.feature_BD) == batch:
+            memory.choice_BK = (ids_TK[::tokens].clone(), weights_TK.detach()[::tokens].clone())
+
     def named_experts(self, tokens: int, device: torch.device) -> Tensor | None:
         """Return the expert named for each of ``tokens``, or None where the router decides."""
         if self.expert_ids is not None:
@@ -69,6 +89,8 @@ class SequenceMemory:
     """Tokens in the sum."""
     is_fixed: bool
     """The choice was made by a marked prompt and stays."""
+    choice_BK: tuple[Tensor, Tensor] | None = None
+    """The experts of each sequence and their weights, once fixed."""
 
 
 def sequence_features(state: RoutingState, layer: int, x: Tensor, chunk: int) -> Tensor:

@@ -3,8 +3,9 @@
     runs     Modules that lie together are one slice of each matrix, so an expert of few runs costs few products and no
              copy. One choice for all tokens: its runs. Few tokens that choose apart: the runs of all modules in use,
              the hidden values of a token's other modules made 0, since reading weights is what costs. Many tokens:
-             they are sorted by what they chose, and every set of modules with the same holders is computed for the
-             rows of its holders, a slice where these are neighbours: rectangles of neurons and sorted tokens.
+             they are sorted by what they chose; modules that all chose are computed for all, then each choice's others
+             for its rows, a slice. Where a choice has too few rows for that, every set of modules with the same
+             holders is computed once for the rows of them all, brought together where they are no neighbours.
     gather   One token, its modules' numbers in a tensor: sums of products that a compiler turns into loops over the
              matrices as they lie. Nothing here depends on a value, so it runs in a CUDA graph.
 
@@ -31,6 +32,10 @@ Run: TypeAlias = tuple[int, int]
 
 FEW_TOKENS = 32
 """Up to here reading weights costs more than computing with them, and tokens need not be sorted."""
+LEFT_ROWS = 128
+"""Up to here weights are the left operand, ``W x^T``: 1.1 to 1.8 times as fast in bfloat16, level above."""
+ROWS_APART = 16
+"""With fewer rows a choice reading weights once outweighs bringing rows together."""
 _KEPT = 512
 """Plans that a layer remembers before it begins anew."""
 
@@ -45,7 +50,7 @@ class Layout:
         self.order_E = _neighbours(self.set_E)
         self.place_E = torch.tensor(self.order_E).argsort()
         self._runs: dict[int, tuple[Run, ...]] = {}
-        self._plans: dict[tuple[int, ...], list[tuple[tuple[Run, ...], tuple[Run, ...]]]] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...]], list[tuple[tuple[Run, ...], tuple[Run, ...]]]] = {}
 
     def union(self, experts: Sequence[int]) -> int:
         """Return the set of modules that any of the experts has."""
@@ -59,18 +64,26 @@ class Layout:
             self._runs[modules] = _runs(modules, self.stored)
         return self._runs[modules]
 
-    def plan(self, set_C: tuple[int, ...]) -> list[tuple[tuple[Run, ...], tuple[Run, ...]]]:
-        """Return, for choices in the order of their tokens, what is computed for whom: ranges of choices, and runs."""
-        if set_C not in self._plans:
+    def plan(self, set_C: tuple[int, ...], *, is_apart: bool) -> list[tuple[tuple[Run, ...], tuple[Run, ...]]]:
+        """Return, for choices in the order of their tokens, what is computed for whom: ranges of choices, and runs.
+
+        Modules of all choices are computed once, for all. The others are choice by choice where ``is_apart``, else each
+        once, for all choices that have it.
+        """
+        key = (is_apart, set_C)
+        if key not in self._plans:
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
-            modules_of: dict[int, int] = {}
+            all_of_them = (1 << len(set_C)) - 1
+            modules_of: dict[int, int] = {all_of_them: 0}
             for module in range(self.stored):
                 holders = sum((chosen >> module & 1) << number for number, chosen in enumerate(set_C))
-                modules_of[holders] = modules_of.get(holders, 0) | 1 << module
-            modules_of.pop(0, None)
-            self._plans[set_C] = [(_runs(who, len(set_C)), self.runs(what)) for who, what in modules_of.items()]
-        return self._plans[set_C]
+                is_split = is_apart and holders != all_of_them
+                for who in [1 << number for number in range(len(set_C))] if is_split else [holders]:
+                    if who & holders:
+                        modules_of[who] = modules_of.get(who, 0) | 1 << module
+            self._plans[key] = [(_runs(who, len(set_C)), self.runs(what)) for who, what in modules_of.items() if what]
+        return self._plans[key]
 
 
 def _runs(bits: int, length: int) -> tuple[Run, ...]:
@@ -92,67 +105,74 @@ def _neighbours(set_E: Sequence[int]) -> list[int]:
     return order
 
 
-def product(weight_ON: Tensor, x_TN: Tensor) -> Tensor:
-    """Return ``x weight^T``, as [T, O], by the product that is fastest for the number of rows.
+def by_runs(
+    ffn: Any, x_ND: Tensor, runs: Sequence[Run], scale_NS: Tensor | None = None, y_ND: Tensor | None = None
+) -> Tensor:
+    """Return the summed outputs of some runs of modules, each module's times its scale, without ``down``'s bias.
 
-    Few rows are the right operand, not the left: 1.2 to 1.6 times as fast at 4 to 16 rows on the processor that
-    benchmarks/results/runtime.md names.
+    They are added to ``y_ND`` in place where it is given. Up to LEFT_ROWS rows weights are the left operand and hidden
+    values lie neurons first; a single row is a vector, but for ``down``, whose slices ``mv`` is slow at in bfloat16.
     """
-    tokens = x_TN.shape[0]
-    if tokens > FEW_TOKENS:
-        return F.linear(x_TN, weight_ON)
-    if tokens == 1 and weight_ON.is_contiguous():
-        return torch.mv(weight_ON, x_TN[0]).unsqueeze(0)
-    return torch.mm(weight_ON, x_TN.T).T
-
-
-def by_runs(ffn: Any, x_ND: Tensor, runs: Sequence[Run], scale_NS: Tensor | None = None) -> Tensor:
-    """Return the summed outputs of some runs of modules, each module's times its scale, without ``down``'s bias."""
-    size, is_gated, activate = ffn.module_size, ffn.gated, ffn.act_fn
-    up, is_few = ffn.up_proj, x_ND.shape[0] <= FEW_TOKENS
-    up_FD, up_bias_F, down_DF = up.weight, up.bias, ffn.down_proj.weight
+    size, is_gated, activate, rows = ffn.module_size, ffn.gated, ffn.act_fn, x_ND.shape[0]
+    up, down_DF = ffn.up_proj, ffn.down_proj.weight
+    up_FD, up_bias_F = up.weight, up.bias
     if is_gated:
-        gate_FD, gate_bias_F = ffn.gate_proj.weight, ffn.gate_proj.bias
-    y_ND: Tensor | None = None
+        gate = ffn.gate_proj
+        gate_FD, gate_bias_F = gate.weight, gate.bias
+    is_one, is_many = rows == 1, rows > LEFT_ROWS
+    is_left = not is_one and not is_many
+    x = x_ND if is_many else x_ND[0] if is_one else x_ND.T
+
+    def project(weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+        found = F.linear(x, weight_OD) if is_many else torch.mv(weight_OD, x) if is_one else torch.mm(weight_OD, x).T
+        return found if bias_O is None else found + bias_O
+
     for first, last in runs:
         begin, end = first * size, last * size
-        up_NF = product(up_FD[begin:end], x_ND)
-        if up_bias_F is not None:
-            up_NF = up_NF + up_bias_F[begin:end]
+        hidden_NF = project(up_FD[begin:end], None if up_bias_F is None else up_bias_F[begin:end])
         if is_gated:
-            gate_NF = product(gate_FD[begin:end], x_ND)
-            if gate_bias_F is not None:
-                gate_NF = gate_NF + gate_bias_F[begin:end]
-            hidden_NF = activate(gate_NF) * up_NF
+            gate_NF = project(gate_FD[begin:end], None if gate_bias_F is None else gate_bias_F[begin:end])
+            hidden_NF = activate(gate_NF) * hidden_NF
         else:
-            hidden_NF = activate(up_NF)
+            hidden_NF = activate(hidden_NF)
+        if is_one:
+            hidden_NF = hidden_NF.unsqueeze(0)
         if scale_NS is not None:
             hidden_NF = hidden_NF * scale_NS[:, first:last].repeat_interleave(size, 1)
         part_DF = down_DF[:, begin:end]
         if y_ND is None:
-            y_ND = product(part_DF, hidden_NF)
-        elif is_few:
+            y_ND = torch.mm(part_DF, hidden_NF.T).T if is_left else torch.mm(hidden_NF, part_DF.T)
+        elif is_left:
             y_ND.T.addmm_(part_DF, hidden_NF.T)
         else:
             y_ND.addmm_(hidden_NF, part_DF.T)
-    return torch.zeros_like(x_ND) if y_ND is None else y_ND
+    # rows in memory again: reductions behind this round otherwise where values lie otherwise
+    return torch.zeros_like(x_ND) if y_ND is None else y_ND.contiguous()
 
 
-def by_rectangles(
+def by_choice(
     ffn: Any, x_TD: Tensor, layout: Layout, set_C: tuple[int, ...], count_C: Sequence[int], scale_TS: Tensor | None
 ) -> Tensor:
     """Return the outputs of tokens sorted by choice: the first ``count_C[0]`` chose the modules ``set_C[0]``."""
     starts = [0, *itertools.accumulate(count_C)]
-    y_TD = torch.zeros_like(x_TD)
-    for who, what in layout.plan(set_C):
+    y_TD: Tensor | None = None
+    for who, what in layout.plan(set_C, is_apart=len(x_TD) >= ROWS_APART * len(set_C)):
         rows = [slice(starts[begin], starts[end]) for begin, end in who]
-        # where they are not neighbours rows are brought together: weights are larger, and are to be read once
-        x_ND = x_TD[rows[0]] if len(rows) == 1 else torch.cat([x_TD[row] for row in rows])
+        if y_TD is None:
+            # the plan begins with what is for all tokens, if there is such
+            if len(who) == 1 and who[0] == (0, len(set_C)):
+                y_TD = by_runs(ffn, x_TD, what, scale_TS)
+                continue
+            y_TD = torch.zeros_like(x_TD)
+        if len(rows) == 1:
+            row = rows[0]
+            by_runs(ffn, x_TD[row], what, None if scale_TS is None else scale_TS[row], y_TD[row])
+            continue
         scale_NS = None if scale_TS is None else torch.cat([scale_TS[row] for row in rows])
-        y_ND = by_runs(ffn, x_ND, what, scale_NS)
+        y_ND = by_runs(ffn, torch.cat([x_TD[row] for row in rows]), what, scale_NS)
         for row, part_ND in zip(rows, torch.split(y_ND, [row.stop - row.start for row in rows]), strict=True):
             y_TD[row] += part_ND
-    return y_TD
+    return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
 def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS: Tensor | None) -> Tensor:
@@ -184,8 +204,8 @@ def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS:
     if len(set_C) == 1:
         return by_runs(ffn, x_TD, layout.runs(set_C[0]), scale_TS)
     scale_TS = None if scale_TS is None else scale_TS[order_T]
-    sorted_TD = by_rectangles(ffn, x_TD[order_T], layout, tuple(set_C), count_C, scale_TS)
-    return torch.empty_like(sorted_TD).index_copy(0, order_T, sorted_TD)
+    sorted_TD = by_choice(ffn, x_TD.index_select(0, order_T), layout, tuple(set_C), count_C, scale_TS)
+    return torch.empty_like(sorted_TD).index_copy_(0, order_T, sorted_TD)
 
 
 def gather_token(

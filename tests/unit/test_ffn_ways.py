@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modmoe.modeling import modular_ffn
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import RoutingState
-from modmoe.modeling.ways_modmoe import FEW_TOKENS, Layout, gather_token
+from modmoe.modeling.ways_modmoe import FEW_TOKENS, LEFT_ROWS, Layout, gather_token
 from tests.reference import modules_of, tied_ffn
 
 WIDTH, STORED, SIZE, EXPERTS, EACH = 10, 7, 3, 5, 4
 # one token, few, and as many as are sorted
 TOKENS = (1, 7, FEW_TOKENS + 5)
+# and as many as go choice by choice, weights on the right
+MANY = LEFT_ROWS + 9
 COMBINED = (("union", 1), ("union", 2), ("sum", 2), ("sum", 3))
 
 
@@ -93,6 +95,22 @@ def test_every_way_is_the_loop(
         torch.testing.assert_close(run(way), wanted, rtol=1e-10, atol=1e-11)
         with torch.no_grad():
             torch.testing.assert_close(ffn(x_TD), wanted[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_alike", [True, False])
+@pytest.mark.parametrize("combine", ["union", "sum"])
+def test_many_tokens_are_the_dense_product_masked(combine: str, is_alike: bool) -> None:
+    ffn = make_ffn(combine=combine, top_k=2, ffn_biases=["gate", "up"])
+    x_TD = inputs(ffn, MANY)
+    if is_alike:
+        x_TD = x_TD[:1].expand(MANY, -1).contiguous()
+    ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
+    found, wanted = ffn._sliced(x_TD, ids_TK, weights_TK), ffn._masked(x_TD, ids_TK, weights_TK)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+    found_grads, wanted_grads = (
+        torch.autograd.grad(y.square().sum(), list(ffn.parameters()), retain_graph=True) for y in (found, wanted)
+    )
+    torch.testing.assert_close(found_grads, wanted_grads, rtol=1e-9, atol=1e-10)
 
 
 @torch.no_grad()
@@ -205,15 +223,16 @@ def test_what_sits_on_the_linear_layers_is_heeded(why: str) -> None:
     torch.testing.assert_close(ffn(x_TD), ffn._masked(x_TD, ids_TK, weights_TK))
 
 
+@pytest.mark.parametrize("is_apart", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_rectangles_cover_what_was_chosen_and_nothing_twice(seed: int) -> None:
+def test_plans_cover_what_was_chosen_and_nothing_twice(seed: int, is_apart: bool) -> None:
     draw = torch.Generator().manual_seed(seed)
     layout = Layout([torch.randperm(12, generator=draw)[:5].tolist() for _ in range(6)], 12)
     assert sorted(layout.order_E) == list(range(6))
     set_C = tuple(layout.set_E[expert] for expert in layout.order_E)
     found = [
         (number, module)
-        for who, what in layout.plan(set_C)
+        for who, what in layout.plan(set_C, is_apart=is_apart)
         for ranges in who
         for number in range(*ranges)
         for run in what
@@ -221,7 +240,27 @@ def test_rectangles_cover_what_was_chosen_and_nothing_twice(seed: int) -> None:
     ]
     wanted = [(number, module) for number, chosen in enumerate(set_C) for module in range(12) if chosen >> module & 1]
     assert sorted(found) == wanted
-    assert layout.plan(set_C) is layout.plan(set_C)
+    assert layout.plan(set_C, is_apart=is_apart) is layout.plan(set_C, is_apart=is_apart)
+
+
+def test_a_fixed_choice_needs_no_router_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = make_ffn("sequence", "sum", 2)
+    state, x_TD = ffn.state, inputs(ffn, 6)
+    with torch.no_grad():
+        state.memory, state.prompt_tokens = {}, 4
+        ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
+        state.prompt_tokens, state.shape = 0, (1, 2)
+        again = ffn._choose(x_TD[:2], x_TD[:2])
+        state.is_recording = True
+        ffn._choose(x_TD[:2], x_TD[:2])
+        assert len(state.logits) == 1, "what is recorded needs the router"
+        state.is_recording = False
+        monkeypatch.setattr(ffn.router, "forward", None)
+        torch.testing.assert_close(ffn._choose(x_TD[:2], x_TD[:2]), again)
+        torch.testing.assert_close(again, (ids_TK[:2], weights_TK[:2]))
+        state.prompt_tokens = 2
+        with pytest.raises(TypeError):
+            ffn._choose(x_TD[:2], x_TD[:2])
 
 
 def test_a_cut_expert_has_the_first_of_its_ranking() -> None:
