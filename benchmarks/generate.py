@@ -100,6 +100,7 @@ def tied_model(args: argparse.Namespace, active: int, routing: str, dtype: torch
         for expert in range(EXPERTS):
             member_ES[expert, core + expert * own : core + (expert + 1) * own] = True
         layer.mlp.membership.copy_(member_ES)
+        layer.mlp.check_ranking()
     return model
 
 

@@ -81,7 +81,7 @@ class CoMoL(RoutedAdapter):
             logits_TE = router_logits(z_TS, self.router_EX)
         else:
             z_TS, logits_TE = down_and_logits(x_TD, self.down_RD, self.router_EX, dropout)
-        probs_TE = softmax_experts(logits_TE)
+        probs_TE = softmax_experts(logits_TE, z_TS.dtype)
         frame.record(soft_route(self.site, probs_TE, logits_TE))
         experts, rank, _ = self.cores_ERS.shape
         scaled_TE = self.settings.lora_alpha / rank * probs_TE

@@ -75,7 +75,7 @@ class MoLoRA(RoutedAdapter):
         """Return alpha / R  sum_e w_e B_e A_e x."""
         dropout = self.settings.lora_dropout if self.training else 0.0
         z_TX, logits_TE = down_and_logits(x_TD, self.down_ERD.flatten(0, 1), self.router_ED, dropout)
-        probs_TE = softmax_experts(logits_TE)
+        probs_TE = softmax_experts(logits_TE, z_TX.dtype)
         if self.settings.top_k is None:
             weights_TE, chosen_TE = probs_TE, torch.ones_like(probs_TE, dtype=torch.bool)
         else:

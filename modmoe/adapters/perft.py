@@ -251,7 +251,7 @@ class PerftR(PerftD):
         settings = self.settings
         on_input, on_narrow = _dropouts(self)
         z_TX, logits_TE = down_and_logits(x_TD, self.down_ERD.flatten(0, 1), self.router_ED, on_input)
-        probs_TE = softmax_experts(logits_TE)
+        probs_TE = softmax_experts(logits_TE, z_TX.dtype)
         ids_TK = frame.decide(f"{self.site} experts", lambda: probs_TE.detach().topk(settings.top_k, dim=-1).indices)
         chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, ids_TK, True)
         if settings.weight_source == "base":
