@@ -225,6 +225,7 @@ def _measure(job: _Run) -> None:
             }
             for task, prompt in PROMPTS.items():
                 samples[task][name] = continue_text(model, tokenizer, prompt, job.effort.new_tokens)
+        job.progress("measuring", len(places), len(places))
     job.result.update(models=models, samples=samples)
 
 
@@ -252,6 +253,7 @@ def _export(job: _Run) -> None:
             exports[name] = steps.export(
                 job.place("tuned"), job.place(f"export-{name}"), overwrite=job.overwrite, **options
             )
+        job.progress("exporting", len(wanted), len(wanted))
     job.result["exports"] = exports
 
 
