@@ -87,6 +87,7 @@ class ModularMixin:
         Args:
             way: ``auto``, by shape; ``masked``, the dense product; ``runs``, slices of the matrices; ``gather``, where
                 there is a single token, compiled loops over its modules (the first token waits for the compiler).
+                Under LoRA, quantized weights, hooks or autocast it is ``masked`` whatever is asked for.
         """
         if way not in WAYS:
             raise ValueError(f"no way '{way}'; there are {', '.join(WAYS)}")

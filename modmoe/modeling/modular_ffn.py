@@ -155,9 +155,10 @@ class ModularFFN(nn.Module):
         return y_TD
 
     def _way(self, x_TD: Tensor) -> str:
-        """Return the way that this pass is computed: what was asked for, else what the shape and the weights allow."""
+        """Return the way that this pass is computed: what was asked for, as far as the shape and the weights allow."""
         asked = self.state.way
-        if asked == "masked" or (asked == "auto" and (self.training or not self._is_plain())):
+        # also where a way is asked for: it would pass over what sits on the matrices
+        if asked == "masked" or not self._is_plain() or (asked == "auto" and self.training):
             return "masked"
         if torch.compiler.is_compiling():
             return "gather" if len(x_TD) == 1 and not torch.is_grad_enabled() else "masked"

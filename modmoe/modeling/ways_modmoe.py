@@ -7,7 +7,7 @@
              for its rows, a slice. Where a choice has too few rows for that, every set of modules with the same
              holders is computed once for the rows of them all, brought together where they are no neighbours.
     gather   One token, its modules' numbers in a tensor: sums of products that a compiler turns into loops over the
-             matrices as they lie. Nothing here depends on a value, so it runs in a CUDA graph.
+             matrices as they lie. No shape here depends on a value, and nothing is asked of the host.
 
 Which is fastest where was measured (benchmarks/runtime.py).
 """

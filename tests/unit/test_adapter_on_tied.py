@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from modmoe.adapters import CONFIGS
 from modmoe.errors import AdapterError
@@ -37,14 +37,29 @@ def test_an_adapter_on_a_modular_moe_counts_in_every_way_of_computing(method: st
     assert torch.equal(logits_of(attached), before)
     shake(attached)
     found = {}
-    for way in ("masked", "auto"):
+    for way in ("masked", "auto", "runs", "gather"):
         attached.base_model.model.set_ffn_way(way)
         found[way] = logits_of(attached)
-    torch.testing.assert_close(found["auto"], found["masked"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[way], found["masked"], atol=1e-5, rtol=1e-5)
     assert (found["auto"] - before).abs().max() > 1e-3
     attached.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(tied(), str(tmp_path))
     torch.testing.assert_close(logits_of(again), found["auto"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_counts_in_every_way_of_computing() -> None:
+    attached = get_peft_model(tied(), LoraConfig(r=3, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, weight in attached.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.2)
+    found = {}
+    for way in ("masked", "auto", "runs", "gather"):
+        attached.base_model.model.set_ffn_way(way)
+        found[way] = logits_of(attached)
+        one = logits_of(attached, token_ids(1, 1))
+        torch.testing.assert_close(found[way], found["masked"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, found.setdefault("one", one), atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_of_a_linear_layer_learn_on_a_modular_moe() -> None:

@@ -221,6 +221,9 @@ def test_what_sits_on_the_linear_layers_is_heeded(why: str) -> None:
         return
     assert ffn._way(x_TD) == "masked"
     torch.testing.assert_close(ffn(x_TD), ffn._masked(x_TD, ids_TK, weights_TK))
+    for asked in ("runs", "gather"):  # training alone may be asked to read slices
+        ffn.state.way = asked
+        assert ffn._way(x_TD) == ("runs" if why == "training" else "masked")
 
 
 @pytest.mark.parametrize("is_apart", [True, False])
