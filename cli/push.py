@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import typer
@@ -11,22 +12,30 @@ from modmoe.cli.console import Console
 
 EPILOG = flags.examples(
     "modmoe push ./out me/my-moe --dry-run",
-    "modmoe push ./out me/my-moe --private --create-pr",
+    "modmoe push ./out me/my-moe --private",
+    "modmoe push ./out someone/their-moe --create-pr",
 )
 
 
 def push(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="An exported directory.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; send nothing.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request to the default branch.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes, hashes and card; send nothing.")
+    ] = False,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
 ) -> None:
-    """Push an exported directory to the Hub. The token is the one that `hf auth login` or HF_TOKEN set."""
+    """Push an exported directory to the Hub, in one commit; weights of an earlier push that it does not replace go.
+
+    The token is the one that `hf auth login` or HF_TOKEN set.
+    """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         from modmoe.export.hub import push as run
 
@@ -39,4 +48,7 @@ def push(
             dry_run=dry_run,
             progress=console.progress,
         )
-        console.finish(result, title=repo, next_step="the same without --dry-run" if dry_run else "")
+        shown = {key: value for key, value in result.items() if key != "card"}
+        if result["card"] and not (as_json or quiet):
+            console.write(f"card\n{textwrap.indent(result['card'], '  ')}\n")
+        console.finish(result, shown=shown, title=repo, next_step="the same without --dry-run" if dry_run else "")

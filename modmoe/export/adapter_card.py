@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from modmoe.checkpoint import read_config
-from modmoe.export.card import escape, proof_lines
+from modmoe.checkpoint import ADAPTER_CONFIG, read_config
+from modmoe.export.card import escape, load_lines, proof_lines, result_lines, save, table
+from modmoe.export.card_head import head, results_of
+from modmoe.export.parcel import PLACEHOLDER, hub_id
+from modmoe.inspection import inspect
 
 _WHAT = {
     "adapter": "A routed adapter ({method}) for {origin}, as PEFT saves it.",
@@ -20,7 +20,20 @@ _WHAT = {
 }
 
 
-def write_adapter_card(directory: Path, result: Mapping[str, Any], config: Mapping[str, Any], base: Path) -> None:
+_ADAPTER_LINES = [
+    "import modmoe.adapters  # pip install modmoe: makes the method known to peft",
+    "from peft import AutoPeftModelForCausalLM",
+    f'model = AutoPeftModelForCausalLM.from_pretrained("{PLACEHOLDER}")',
+]
+_NEEDS_BASE = [
+    f"The base model is named by where it lay when this was made: write its Hub id into `{ADAPTER_CONFIG}` first.",
+    "",
+]
+
+
+def write_adapter_card(
+    directory: Path, result: Mapping[str, Any], config: Mapping[str, Any], base: Path, source: Path
+) -> None:
     """Write README.md beside an export.
 
     Args:
@@ -28,49 +41,38 @@ def write_adapter_card(directory: Path, result: Mapping[str, Any], config: Mappi
         result: what ``modmoe.export.run.export`` returns.
         config: the adapter's adapter_config.json.
         base: the directory of its base model.
+        source: the adapter's directory.
     """
-    named = str(config.get("base_model_name_or_path"))
     # a path on somebody's disk is no name that a reader could use
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) is not None and not Path(named).exists()
+    named = hub_id(config.get("base_model_name_or_path"))
     form = result["form"]
     has_code = form == "tied" or any(directory.glob("*.py"))
-    tags = ["modmoe", "peft", *(["moe"] if form == "native" else []), *(["custom_code"] if has_code else [])]
-    data = ModelCardData(
-        base_model=named if is_hub_id else None,
-        base_model_relation=("adapter" if form == "adapter" else "finetune") if is_hub_id else None,
-        library_name="peft" if form == "adapter" else "transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
+    folded = {task: {"loss": item["after"]} for task, item in (result.get("tasks") or {}).items()}
+    results = folded or results_of(source)
+    data = head(
+        f"{result['method']} by modmoe",
+        base=named,
+        relation="adapter" if form == "adapter" else "finetune",
+        library="peft" if form == "adapter" else "transformers",
+        tags=["modmoe", "peft", *(["moe"] if form == "native" else []), *(["custom_code"] if has_code else [])],
+        sources=[source, base],
+        results=results,
     )
-    origin = escape(named) if is_hub_id else f"a {escape(read_config(base).get('model_type'))} model"
+    origin = escape(named) if named else f"a {escape(read_config(base).get('model_type'))} model"
     words = {"method": escape(result["method"]), "target": escape(result["target"])}
     what = _WHAT[form].format(origin=origin, Origin=origin[0].upper() + origin[1:], **words)
     lines = [f"# {escape(result['target'])} by modmoe", "", f"{what} Made with modmoe.", "", "## Use", "", "```python"]
-    lines += _use(form, named if is_hub_id else "PATH_OR_REPO_OF_THE_BASE_MODEL", has_code)
-    lines += ["```", "", *_table(result, config), *proof_lines(result)]
-    body = "\n".join(lines)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(directory / "README.md")
-
-
-def _use(form: str, base: str, has_code: bool) -> list[str]:
-    trust = ", trust_remote_code=True" if has_code and form != "adapter" else ""
-    if form == "adapter":
-        return [
-            "import modmoe.adapters  # pip install modmoe: makes the method known to peft",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(base, "PATH_OR_REPO")',
-            'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")',
-        ]
-    return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})',
+    lines += _ADAPTER_LINES if form == "adapter" else load_lines(has_code)
+    lines += [
+        "```",
+        "",
+        *(_NEEDS_BASE if form == "adapter" and not named else []),
+        *table(_rows(directory, result, config)),
     ]
+    save(directory, data.to_yaml(), "\n".join([*lines, *result_lines(results), *proof_lines(result)]))
 
 
-def _table(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def _rows(directory: Path, result: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = [("method", result["method"])]
     for key in ("num_experts", "top_k", "r", "lora_alpha"):
         if config.get(key) is not None:
@@ -78,6 +80,10 @@ def _table(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     targets = config.get("target_modules")
     if targets:
         rows.append(("attached to", targets if isinstance(targets, str) else ", ".join(map(str, targets))))
+    counts = inspect(str(directory))["parameters"]
+    for key, said in (("adapter", "of the adapter"), ("stored", "stored"), ("active", "active a token")):
+        if counts.get(key) is not None:
+            rows.append((f"parameters, {said}", f"{counts[key]:,}"))
     rows.append(("bytes", f"{result['bytes_after']:,} (base model and adapter: {result['bytes_before']:,})"))
     rows.append(("dtype", result["dtype"] + (" (the adapter: float32)" if result["form"] == "tied" else "")))
     folding = result.get("folding")
@@ -86,5 +92,4 @@ def _table(result: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         rows.append(("logits moved by folding, at most", f"{folding['max_abs_logit_diff']:.3g}"))
     for name, task in (result.get("tasks") or {}).items():
         rows.append((f"loss on {name}", f"{task['after']:.4f} (before folding: {task['before']:.4f})"))
-    table = [f"| {escape(key)} | {escape(value)} |" for key, value in rows]
-    return ["## What it is", "", "| | |", "|---|---|", *table, ""]
+    return rows

@@ -1,34 +1,58 @@
-"""Pushing an export to the Hub: whole checkpoints only, and no token in any message."""
+"""Pushing an export to the Hub: whole checkpoints only, in one commit, and no token in any message.
+
+The Hub's client uploads large files first, which nobody sees until a commit names them; a push is therefore there or
+not there, whatever stops it, and the next one uploads only what is missing.
+https://huggingface.co/docs/huggingface_hub/guides/upload
+"""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from modmoe.checkpoint import MANIFEST, Checkpoint, adapter_headers, is_adapter, tensor_sha256
+from modmoe.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    MANIFEST,
+    SINGLE,
+    Checkpoint,
+    adapter_headers,
+    is_adapter,
+    tensor_sha256,
+)
 from modmoe.errors import CheckpointError, ExportError
-from modmoe.shards import adder
+from modmoe.export.parcel import CARD, Contents, contents, list_files, warnings_of
 
-_SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".model", ".jinja", ".yaml"}
-_PREFIXES = ("LICENSE", "NOTICE")
-_CARD_LINES = 40
-# the Hub's client and what it sends with: the errors of a connection are of the latter, whose name has changed before
+TIMEOUT_S = 120.0
+"""The longest that the Hub may say nothing within one request; its client would wait for ever."""
+_WAITS_S = (1.0, 4.0, 10.0)
+"""Before each new try of what the Hub's client does not try again itself."""
+_PASSING = (408, 429, 500, 502, 503, 504)
+# the Hub's client and what it sends with
 _CLIENTS = {"huggingface_hub", "hf_xet", "httpcore", "httpcore2", "httpx", "httpx2"}
-_ABSOLUTE = re.compile(r"(?:^|[\s'\":])(~?/[^\s'\"]+|[A-Za-z]:\\[^\s'\"]+)")
+# what all errors of a request have in common, of a library whose name has changed before
+_HTTPError: type[BaseException] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+# what a loader would take for the model, were it left from an earlier push of another shape
+_WEIGHTS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DECIDING = {SINGLE, INDEX, MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+
+_Result = TypeVar("_Result")
 
 
 def push(
@@ -43,18 +67,21 @@ def push(
 ) -> dict[str, Any]:
     """Upload a checkpoint to ``repo`` on the Hub, which is made if it is not there; the directory is left unchanged.
 
+    It is one commit, which also deletes weights of an earlier push that this one does not replace.
+
     Args:
         directory: a whole checkpoint or adapter; what trainers and editors leave beside it is not uploaded.
         repo: ``OWNER/NAME``.
         private: make a new repository private.
         revision: the branch; made if it is not there.
-        create_pr: open a pull request.
+        create_pr: open a pull request against the default branch.
         dry_run: send nothing and ask nobody.
         progress: called with a message and, where they are known, what is done and what there is in all.
 
     Returns:
-        ``repo``, ``revision``, ``dry_run``, ``files`` (path, bytes, sha256), ``bytes``, ``card`` (the head of README.md
-        or None), ``warnings``, and after a push ``url``, ``commit`` and ``pull_request``.
+        ``repo``, ``revision``, ``dry_run``, ``files`` (path, bytes, sha256 of what is sent), ``bytes``, ``card``
+        (README.md as it is sent, or None), ``warnings``, and after a push ``url``, ``commit``, ``pull_request`` and
+        ``deleted`` (paths).
 
     Raises:
         ExportError: the directory holds no whole checkpoint, the name is none, or the Hub refuses.
@@ -62,23 +89,30 @@ def push(
     path = Path(directory)
     say = progress or (lambda *_: None)
     _check_repo(repo)
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ExportError(
+            f"revision: a pull request goes to the default branch, not to '{revision}'; drop --revision or --create-pr."
+        )
     say("checking the checkpoint")
     _check_whole(path)
-    files = list_files(path, lambda *count: say("hashing, bytes", *count))
+    parcel = contents(path, repo)
+    files = list_files(parcel, lambda *count: say("hashing, bytes", *count))
     result: dict[str, Any] = {
         "repo": repo,
         "revision": revision or constants.DEFAULT_REVISION,
         "dry_run": dry_run,
         "files": files,
         "bytes": sum(file["bytes"] for file in files),
-        "card": _card_head(path),
-        "warnings": _warnings(path),
+        "card": _card(parcel),
+        "warnings": warnings_of(path),
     }
     if dry_run:
         return result
-    say(f"uploading {result['bytes'] / 1e9:.2f} GB")
+    say(f"uploading {result['bytes']:,} bytes")
     try:
-        return {**result, **_upload(path, repo, [file["path"] for file in files], private, revision, create_pr)}
+        return {**result, **_Push(repo, parcel, files, private, revision, create_pr).run()}
+    except ExportError:
+        raise
     except Exception as error:
         if not _is_theirs(error):
             raise
@@ -86,31 +120,11 @@ def push(
         raise ExportError(f"{repo}: {explain(error)}") from None
 
 
-def list_files(path: Path, report: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
-    """Return path, size and SHA-256 of each file that belongs to the checkpoint, by name.
-
-    ``report`` is called with the bytes read and the bytes in all.
-    A list of what is wanted rather than of what is not: an optimizer's state or an .env is never uploaded.
-    """
-    found = [
-        file
-        for file in sorted(path.iterdir())
-        if file.is_file() and not file.name.startswith(".")
-        if file.suffix in _SUFFIXES or file.name.startswith(_PREFIXES)
-    ]
-    sizes = {file: file.stat().st_size for file in found}
-    add = adder(report, sum(sizes.values()))
-    files = []
-    for file, size_bytes in sizes.items():
-        files.append({"path": file.name, "bytes": size_bytes, "sha256": _sha256(file)})
-        add(size_bytes)
-    return files
-
-
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """Return one line on what the Hub's client raised and what to do; tokens are taken out."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    error = _root(error)
+    status = _status(error)
+    first = _redact(next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:300]
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to push."
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
@@ -121,26 +135,161 @@ def explain(error: Exception) -> str:
         return "there is no such revision; check --revision."
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return "no such repository, or your token may not see it; check the name."
-    return f"the Hub refused or could not be reached: {_redact(first)[:300]}"
+    if status in (409, 412):
+        return f"others are changing the repository at the same time ({status}); push again, or use --create-pr."
+    if status == 429:
+        return "the Hub allows no more requests for now (429); wait some minutes and push again. Uploads are kept."
+    if status is not None and status >= 500:
+        return f"the Hub has a fault of its own ({status}); push again later. What is uploaded is not sent again."
+    if status is not None:
+        said = _redact(" ".join(str(getattr(error, "server_message", None) or first).split()))[:300]
+        return f"the Hub refuses it ({status}): {said}"
+    if isinstance(error, _HTTPError):
+        return (
+            f"the Hub could not be reached or fell silent: {first}; check the network and push again. "
+            "What is uploaded is not sent again."
+        )
+    return f"the Hub refused or could not be reached: {first}"
 
 
-def _upload(
-    path: Path, repo: str, names: list[str], private: bool, revision: str | None, create_pr: bool
-) -> dict[str, Any]:
-    api = HfApi(library_name="modmoe")
-    # None leaves an existing repository and the owner's default as they are
-    made = api.create_repo(repo, private=private or None, exist_ok=True)
-    if revision is not None and not create_pr:
-        api.create_branch(made.repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=made.repo_id,
-        folder_path=path,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message="Upload with modmoe",
-        allow_patterns=[glob.escape(name) for name in names],
-    )
-    return {"url": str(made), "commit": commit.oid, "pull_request": commit.pr_url}
+class _Push:
+    """One push: the requests in their order, each tried again where that can help."""
+
+    def __init__(
+        self,
+        repo: str,
+        parcel: Contents,
+        files: list[dict[str, Any]],
+        private: bool,
+        revision: str | None,
+        create_pr: bool,
+    ) -> None:
+        self.repo, self.parcel, self.files = repo, parcel, files
+        self.private, self.revision, self.create_pr = private, revision, create_pr
+        self.api = HfApi(library_name="modmoe")
+
+    def run(self) -> dict[str, Any]:
+        """Return ``url``, ``commit``, ``pull_request`` and ``deleted``."""
+        repo_id = self._repository()
+        if self.revision is not None and not self.create_pr:
+            branch = self.revision
+            _again(lambda: self.api.create_branch(repo_id, branch=branch, exist_ok=True))
+        commit, deleted = self._commit(repo_id)
+        self._compare(repo_id, commit.oid)
+        return {
+            "url": f"{self.api.endpoint}/{repo_id}",
+            "commit": commit.oid,
+            "pull_request": commit.pr_url,
+            "deleted": deleted,
+        }
+
+    def _repository(self) -> str:
+        """Return the repository's name as the Hub has it; it is made if it is not there."""
+        try:
+            there = _again(lambda: self.api.model_info(self.repo))
+        except RepositoryNotFoundError:
+            try:
+                # None leaves the owner's default; another process may make it at the same time
+                made = _again(lambda: self.api.create_repo(self.repo, private=self.private or None, exist_ok=True))
+            except KeyError:  # a conflict that is not about this repository comes without its address
+                raise ExportError(f"{self.repo}: the name is taken on the Hub; choose another.") from None
+            return made.repo_id
+        if self.private and there.private is False:
+            raise ExportError(f"{self.repo}: is there already and is public; make it private first, or drop --private.")
+        return str(there.id)
+
+    def _commit(self, repo_id: str) -> tuple[Any, list[str]]:
+        """Upload what is missing and commit; return the commit and the paths that it deletes."""
+
+        def commit() -> tuple[Any, list[str]]:
+            # anew each time: what was uploaded or committed before is found to be there, and what others committed
+            # since then is what we go on from
+            tip = self.api.model_info(repo_id, revision=None if self.create_pr else self.revision)
+            deleted = self._stale([sibling.rfilename for sibling in tip.siblings or []])
+            added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=item) for name, item in self.parcel.items()]
+            made = self.api.create_commit(
+                repo_id,
+                [*added, *(CommitOperationDelete(path_in_repo=name) for name in deleted)],
+                commit_message="Upload with modmoe",
+                revision=None if self.create_pr else self.revision,
+                create_pr=self.create_pr,
+                parent_commit=None if self.create_pr else tip.sha,
+            )
+            return made, deleted
+
+        # a pull request whose answer is lost may be there, and another try would open a second one
+        return commit() if self.create_pr else _again(commit)
+
+    def _stale(self, there: list[str]) -> list[str]:
+        return sorted(
+            name for name in there if name not in self.parcel and (name in _DECIDING or _WEIGHTS.fullmatch(name))
+        )
+
+    def _compare(self, repo_id: str, commit: str) -> None:
+        """Raise ExportError unless the Hub lists what was sent, byte for byte by its hashes."""
+        there = {
+            item.path: item
+            for item in _again(lambda: list(self.api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+        }
+        for file in self.files:
+            item: Any = there.get(file["path"])
+            lfs = getattr(item, "lfs", None)
+            same = item is not None and item.size == file["bytes"]
+            if same and lfs is not None:
+                same = lfs.sha256 == file["sha256"]
+            elif same:
+                same = item.blob_id == _blob_id(self.parcel[file["path"]])
+            if not same:
+                raise ExportError(f"{self.repo}: the Hub has not '{file['path']}' as it was sent; push again.")
+
+
+def _again(call: Callable[[], _Result]) -> _Result:
+    """Return what ``call`` returns, trying it anew after faults that pass and that nobody below has tried again."""
+    for wait_s in _WAITS_S:
+        # a client is rebuilt after some faults, and a new one has no limit
+        get_session().timeout = TIMEOUT_S
+        try:
+            return call()
+        except Exception as error:
+            if not _passes(error):
+                raise
+        time.sleep(wait_s)
+    return call()
+
+
+def _passes(error: BaseException) -> bool:
+    """Return whether another try may go well and has not been made already."""
+    path = str(getattr(_request(error), "url", ""))
+    # the client itself has tried uploads and what comes before them for half a minute
+    if "/preupload/" in path or ".git/info/lfs/" in path:
+        return False
+    status = _status(error)
+    return status in (*_PASSING, 409, 412) if status is not None else isinstance(error, _HTTPError)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the request's own error under what an upload's thread wraps around it."""
+    for inner in _causes(error):
+        if isinstance(inner, _HTTPError):
+            return inner
+    return error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _request(error: BaseException) -> Any:
+    try:
+        return getattr(error, "request", None) or getattr(getattr(error, "response", None), "request", None)
+    except RuntimeError:  # it is a property that may be unset
+        return None
 
 
 def _check_repo(repo: str) -> None:
@@ -183,28 +332,17 @@ def _is_theirs(error: Exception) -> bool:
     return isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.split(".")[0] in _CLIENTS
 
 
-def _warnings(path: Path) -> list[str]:
-    """Return what the user should look at before others can, one line each."""
-    found = []
-    if not (path / "README.md").is_file():
-        found.append("there is no README.md; `modmoe export` writes one.")
-    recipe = path / "modmoe.yaml"
-    named = _ABSOLUTE.search(recipe.read_text(encoding="utf-8", errors="replace")) if recipe.is_file() else None
-    if named is not None:
-        found.append(f"modmoe.yaml names paths of this machine, such as {named[1]}; edit it if others need not know.")
-    return found
+def _card(parcel: Contents) -> str | None:
+    card = parcel.get(CARD)
+    if isinstance(card, Path):
+        return card.read_text(encoding="utf-8", errors="replace")
+    return None if card is None else card.decode()
 
 
-def _card_head(path: Path) -> str | None:
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    return "\n".join(card.read_text(encoding="utf-8", errors="replace").splitlines()[:_CARD_LINES])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _blob_id(item: Path | bytes) -> str:
+    """Return the hash by which git knows a small file."""
+    data = item if isinstance(item, bytes) else item.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _redact(text: str) -> str:

@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+import yaml
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from modmoe.checkpoint import MANIFEST, CheckpointWriter
 from modmoe.errors import ExportError
 from modmoe.export import hub
+from modmoe.export.parcel import contents
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -36,39 +38,30 @@ def whole(tmp_path):
 
 
 class Api:
-    """Stands for the Hub's client and notes what it is asked."""
+    """Stands for the Hub's client where it fails at once."""
 
-    calls: list = []  # noqa: RUF012
     error: Exception | None = None
 
     def __init__(self, **_):
         pass
 
-    def create_repo(self, repo, **options):
-        if Api.error is not None:
-            raise Api.error
-        Api.calls.append(("create_repo", repo, options))
-        return type("Url", (str,), {"repo_id": repo})(f"https://hub/{repo}")
+    def model_info(self, repo):
+        raise Api.error
 
-    def create_branch(self, repo, **options):
-        Api.calls.append(("create_branch", repo, options))
-
-    def upload_folder(self, **options):
-        Api.calls.append(("upload_folder", options["repo_id"], options))
-        return type("Commit", (), {"oid": "abc", "pr_url": "pr/1" if options["create_pr"] else None})
+    def create_repo(self, repo, **_):
+        raise Api.error
 
 
 @pytest.fixture
 def api(monkeypatch):
     monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(Api, "calls", [])
-    monkeypatch.setattr(Api, "error", None)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Api, "error", AssertionError("nobody is to be asked"))
     return Api
 
 
 def test_a_dry_run_lists_what_would_go_and_asks_nobody(whole, api):
     result = hub.push(str(whole), "me/moe", dry_run=True)
-    assert api.calls == []
     names = [file["path"] for file in result["files"]]
     shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     expected = ["LICENSE", "README.md", "config.json", *shards, "model.safetensors.index.json", MANIFEST]
@@ -79,19 +72,6 @@ def test_a_dry_run_lists_what_would_go_and_asks_nobody(whole, api):
     assert result["bytes"] == sum(file["bytes"] for file in result["files"])
     assert result["card"].startswith("---\nlibrary_name")
     assert TOKEN not in json.dumps(result)
-
-
-def test_a_push_makes_the_repository_and_sends_the_files_listed(whole, api):
-    result = hub.push(str(whole), "me/moe", private=True, revision="v1")
-    (_, _, made), (_, _, branch), (_, _, sent) = api.calls
-    assert made == {"private": True, "exist_ok": True}
-    assert branch == {"branch": "v1", "exist_ok": True}
-    assert sent["revision"] == "v1" and not sent["create_pr"]
-    assert "tokenizer[[]1].json" in sent["allow_patterns"] and len(sent["allow_patterns"]) == len(result["files"])
-    assert (result["url"], result["commit"], result["pull_request"]) == ("https://hub/me/moe", "abc", None)
-    api.calls.clear()
-    assert hub.push(str(whole), "me/moe", create_pr=True, revision="v1")["pull_request"] == "pr/1"
-    assert [name for name, *_ in api.calls] == ["create_repo", "upload_folder"]
 
 
 @pytest.mark.parametrize("repo", ["moe", "a/b/c", "me/mo e", "me/", "../x", "me/-x-", "me/a--b", "me/a..b", "me/é", ""])
@@ -142,7 +122,12 @@ class Response:
         (HfHubHTTPError(f"401 for Bearer {TOKEN}", response=Response(401)), "hf auth login"),
         (HfHubHTTPError(f"403 for {TOKEN}", response=Response(403)), "may not write"),
         (RepositoryNotFoundError(f"404 {TOKEN}", response=Response(404)), "no such repository"),
-        (HfHubHTTPError(f"500 for Bearer {TOKEN}\n{TOKEN}", response=Response(500)), "refused or could not be reached"),
+        (HfHubHTTPError(f"500 for Bearer {TOKEN}\n{TOKEN}", response=Response(500)), "(500); push again later"),
+        (
+            HfHubHTTPError(f"400 for Bearer {TOKEN}\n{TOKEN}", response=Response(400)),
+            "refuses it (400): 400 for Bearer ***",
+        ),
+        (HfHubHTTPError("409", response=Response(409)), "push again, or use --create-pr"),
         (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
         (ConnectionError("no route, token other-secret"), "no route"),
         (HTTPError("connection refused"), "connection refused"),
@@ -165,10 +150,59 @@ def test_a_bug_stays_a_bug(whole, api, monkeypatch):
         hub.push(str(whole), "me/moe")
 
 
-def test_paths_of_this_machine_are_pointed_out(whole):
-    (whole / "modmoe.yaml").write_text("source: me/model\ntasks:\n  sums: sums.jsonl\n")
+def test_what_is_sent_of_a_recipe_names_no_path_of_this_machine(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model").mkdir()
+    recipe = "\n".join(
+        [
+            "# torch: 2.13",
+            "# command: modmoe convert /home/me/dense",
+            "source: there/model",
+            "tasks:",
+            "  sums: /home/me/sums.jsonl",
+            "  words: words/of me.txt",
+            "  code: 'C:\\Users\\me\\code.jsonl'",
+            "  talk: hub:open/talk:en:train",
+            "finetune: {distill_from: ../dense, train: full}",
+            "calibration: {tokens: 9}",
+            "family: {gate: mlp.w1, up: /home/me/x}",
+            "",
+        ]
+    )
+    for name in ("modmoe.yaml", "modmoe.source.yaml"):
+        (whole / name).write_text(recipe)
+    sent = contents(whole, "me/moe")
+    for name in ("modmoe.yaml", "modmoe.source.yaml"):
+        assert (whole / name).read_text() == recipe, "the recipe here stays usable"
+        text = sent[name].decode()
+        assert text.startswith("# torch: 2.13\nsource: model\n")
+        values = yaml.safe_load(text)
+        tasks = {"sums": "sums.jsonl", "words": "of me.txt", "code": "code.jsonl", "talk": "hub:open/talk:en:train"}
+        assert values["tasks"] == tasks
+        assert values["finetune"] == {"distill_from": "dense", "train": "full"}
+        assert values["family"] == {"gate": "mlp.w1", "up": "x"} and values["calibration"] == {"tokens": 9}
+        assert "/home" not in text and "Users" not in text
+    (whole / "modmoe.yaml").write_text("source: someone/a-model\n")
+    assert contents(whole)["modmoe.yaml"] == b"source: someone/a-model\n", "a Hub id is for everybody"
+    (whole / "modmoe.yaml").write_text("a: [")
+    with pytest.raises(ExportError, match=r"modmoe\.yaml: cannot be read as YAML"):
+        contents(whole)
+
+
+def test_other_paths_of_this_machine_are_pointed_out(whole):
     assert hub.push(str(whole), "me/moe", dry_run=True)["warnings"] == []
-    (whole / "modmoe.yaml").write_text("source: me/model\ntasks:\n  sums: /home/me/sums.jsonl\n")
+    (whole / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
     (whole / "README.md").unlink()
     missing, named = hub.push(str(whole), "me/moe", dry_run=True)["warnings"]
-    assert "README.md" in missing and "/home/me/sums.jsonl" in named
+    assert "README.md" in missing and "/home/me/base" in named and "adapter_config.json" in named
+
+
+def test_a_card_gets_its_name_and_brings_its_pictures(whole):
+    for name in ("experts.png", "loss.png"):
+        (whole / name).write_bytes(b"PNG")
+    (whole / "README.md").write_text('load("PATH_OR_REPO") not PATH_OR_REPOS ![all](experts.png) ![home](../loss.png)')
+    sent = contents(whole, "me/moe")
+    assert b'load("me/moe") not PATH_OR_REPOS' in sent["README.md"]
+    assert "experts.png" in sent and "loss.png" not in sent
+    assert contents(whole)["README.md"] == whole / "README.md"
