@@ -13,6 +13,7 @@ from modmoe.cli.console import Console
 EPILOG = flags.examples(
     "modmoe export ./tuned ./out --format safetensors --form tied",
     "modmoe export ./tuned ./mixtral --form native --target mixtral --dtype bfloat16",
+    "modmoe export ./tuned ./for-gguf --form native --for llama.cpp",
     "modmoe export ./tuned ./math-only --form dense --expert math",
     "modmoe export ./adapter ./whole --form tied",
     "modmoe export ./adapter ./plain --form dense --approximate --task math=math.jsonl",
@@ -27,8 +28,15 @@ def export(
     ] = "safetensors",
     form: Annotated[str, typer.Option(metavar="|".join(steps.FORMS), help="What is written; see above.")] = "tied",
     target: Annotated[
-        str, typer.Option(metavar="auto|mixtral|qwen2_moe|...", help="The architecture of a native export.")
+        str,
+        typer.Option(
+            metavar="auto|mixtral|qwen2_moe|qwen3_moe|granitemoeshared|glm4_moe|flex_olmo",
+            help="The architecture of a native export.",
+        ),
     ] = "auto",
+    client: Annotated[
+        str, typer.Option("--for", metavar="|".join(steps.CLIENTS), help="The program that a native export is for.")
+    ] = "transformers",
     expert: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +75,7 @@ def export(
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         flags.choose("--format", file_format, ("safetensors",))
         flags.choose("--form", form, steps.FORMS)
+        flags.choose("--for", client, steps.CLIENTS)
         if dtype is not None:
             flags.choose("--dtype", dtype, steps.DTYPES)
         if device is not None:
@@ -77,6 +86,7 @@ def export(
             output,
             form=form,
             target=target,
+            client=client,
             expert=expert,
             dtype=dtype,
             max_shard_size=max_shard_size,

@@ -57,6 +57,8 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="mistral"),
         Family(model_type="qwen2"),
         Family(model_type="qwen3"),
+        Family(model_type="granite"),
+        Family(model_type="olmo2"),
         Family(model_type="gemma2", activation="hidden_activation"),
         Family(model_type="gemma3_text", activation="hidden_activation"),
         Family(model_type="phi3", gate="mlp.gate_up_proj", up="mlp.gate_up_proj"),

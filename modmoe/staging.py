@@ -26,6 +26,19 @@ def check_output(out: str | Path, *, overwrite: bool) -> Path:
     return path
 
 
+def check_space(out: str | Path, size_bytes: int) -> None:
+    """Raise RecipeError unless ``size_bytes`` are free where ``out`` is to be written."""
+    place = Path(out).absolute()
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if size_bytes > free_bytes:
+        raise RecipeError(
+            f"{out}: needs {size_bytes:,} bytes, and {free_bytes:,} are free there; free some space or name another "
+            "directory."
+        )
+
+
 @contextlib.contextmanager
 def open_output(out: str | Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yield ``<out>.partial`` to write into; rename it to ``out`` on success.

@@ -13,10 +13,10 @@ from modmoe.convert.assignment import Assignment
 from modmoe.convert.code import write_code
 from modmoe.convert.modular import modular_plan
 from modmoe.convert.routers import RouterStart
-from modmoe.families import FAMILIES
+from modmoe.families import FAMILIES, layers_of, neurons_of
 from modmoe.loading import dense_classes, load
 from modmoe.recipe import make_recipe
-from tests.tiny import NEURONS, dense_config, save_dense
+from tests.tiny import dense_config, save_dense
 
 NUM_MODULES = 8
 EXPERTS = ("sums", "words", "code")
@@ -29,28 +29,37 @@ def write_tied(
     seed: int = 0,
     means: bool = False,
     leave_out: bool = False,
+    members_EM: torch.Tensor | None = None,
+    dense: Path | None = None,
     changes: dict[str, Any] | None = None,
     **router: Any,
 ) -> tuple[Path, Path]:
     """Write a dense model and a tied one made of it; return both directories.
 
-    Every module is in some expert, but with ``leave_out`` no expert has the last one, so that it is not stored.
+    Every module is in some expert, but with ``leave_out`` no expert has the last one, so that it is not stored; or
+    ``members_EM`` says which modules each expert has, in every layer. ``dense`` is a model to take in place of the tiny
+    one.
     ``changes`` go to the dense configuration, and ``router`` holds keys such as ``routing`` and ``top_k``.
     """
-    dense = save_dense(directory / "dense", model_type, **(changes or {}))
+    defaults = {} if dense else dense_config(model_type, **(changes or {})).to_dict()
+    dense = dense or save_dense(directory / "dense", model_type, **(changes or {}))
     source = Checkpoint(dense)
     family = FAMILIES[model_type]
-    settings = {**dense_config(model_type, **(changes or {})).to_dict(), **source.config}
+    settings = {**defaults, **source.config}
+    num_modules = NUM_MODULES if members_EM is None else members_EM.shape[1]
     source.add_prefix(family.layers)
     draw = torch.Generator().manual_seed(seed)
     keys = {f"router.{key}": value for key, value in router.items()}
-    recipe = make_recipe({"partition.num_modules": NUM_MODULES, "router.compensation": means, **keys})
+    recipe = make_recipe({"partition.num_modules": num_modules, "router.compensation": means, **keys})
     partitions, assignments, starts = [], [], []
-    for _ in range(2):
-        module_F = torch.arange(NEURONS) % NUM_MODULES
-        partitions.append(Partition(module_F[torch.randperm(NEURONS, generator=draw)], NUM_MODULES))
-        assignments.append(Assignment(_membership(leave_out, draw), EXPERTS))
-        starts.append(_start(recipe.router.kind, recipe.router.routing, means, draw))
+    neurons, width = neurons_of(settings, family), int(settings.get("hidden_size", 32))
+    for _ in range(layers_of(settings)):
+        module_F = torch.arange(neurons) % num_modules
+        partitions.append(Partition(module_F[torch.randperm(neurons, generator=draw)], num_modules))
+        drawn_EM = _membership(leave_out, draw) if members_EM is None else members_EM
+        names = EXPERTS if members_EM is None else tuple(f"expert{number}" for number in range(len(members_EM)))
+        assignments.append(Assignment(drawn_EM, names))
+        starts.append(_start(len(drawn_EM), width, recipe.router.kind, recipe.router.routing, means, draw))
     classes = dense_classes(dense, trust_remote_code=False)
     plan = modular_plan(source, family, recipe, partitions, assignments, starts, classes, settings)
     plan.check(source)
@@ -80,14 +89,14 @@ def _membership(leave_out: bool, draw: torch.Generator) -> torch.Tensor:
             return membership_EM
 
 
-def _start(kind: str, routing: str, means: bool, draw: torch.Generator) -> RouterStart:
+def _start(experts: int, width: int, kind: str, routing: str, means: bool, draw: torch.Generator) -> RouterStart:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
 
     has_router = routing != "task"
     return RouterStart(
-        weight_ED=normal(len(EXPERTS), 32) if has_router and kind == "linear" else None,
-        hidden_HD=normal(16, 32) if has_router and kind == "mlp" else None,
-        output_EH=normal(len(EXPERTS), 16) if has_router and kind == "mlp" else None,
-        means_MD=normal(NUM_MODULES, 32) if means else None,
+        weight_ED=normal(experts, width) if has_router and kind == "linear" else None,
+        hidden_HD=normal(16, width) if has_router and kind == "mlp" else None,
+        output_EH=normal(experts, 16) if has_router and kind == "mlp" else None,
+        means_MD=normal(NUM_MODULES, width) if means else None,
     )

@@ -28,12 +28,20 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 258,
 }
 _GATED = {**_COMMON, "intermediate_size": NEURONS, "num_key_value_heads": 2}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**_GATED, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**_GATED, "sliding_window": 16}),
     "qwen2": ("Qwen2Config", _GATED),
     "qwen3": ("Qwen3Config", {**_GATED, "head_dim": 8}),
+    "granite": ("GraniteConfig", {**_GATED, **_MULTIPLIERS, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2Config", _GATED),
     "gemma2": ("Gemma2Config", {**_GATED, "head_dim": 8, "query_pre_attn_scalar": 8}),
     "gemma3_text": ("Gemma3TextConfig", {**_GATED, "head_dim": 8, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3Config", _GATED),

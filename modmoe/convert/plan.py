@@ -151,7 +151,7 @@ class Stack:
     def pieces(self, source: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Yield what ``make`` returns, piece by piece."""
         for part in self.parts:
-            yield from _pieces(part, source)
+            yield from pieces_of(part, source)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,6 +214,10 @@ class Plan:
 
         Raises CheckpointError where the disk is full or cannot be written.
         """
+        writer.stream(self.outputs(source, dtype))
+
+    def outputs(self, source: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Made]:
+        """Return the type, the shape and the making of each tensor, before any is made; ``dtype`` as for ``run``."""
         if isinstance(source, Checkpoint):
             shapes = {name: source.shape(name) for name in source}
             dtypes = {name: source.dtype(name) for name in source}
@@ -225,7 +229,7 @@ class Plan:
             kind = op.dtype_of(dtypes)
             kind = dtype if dtype is not None and kind.is_floating_point else kind
             made[name] = Made(kind, op.shape(shapes), partial(_cast, op, source, kind))
-        writer.stream(made)
+        return made
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain data for a file or a screen: what becomes of what, without the tensors."""
@@ -235,15 +239,17 @@ class Plan:
         }
 
 
-def _pieces(op: Op, source: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    if isinstance(op, Take | Stack):
-        yield from op.pieces(source)
+def pieces_of(op: Op, source: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield what an op makes: some rows at a time where it has a method ``pieces``, else the whole."""
+    pieces = getattr(op, "pieces", None)
+    if pieces is not None:
+        yield from pieces(source)
     else:
         yield op.make(source).detach()
 
 
 def _cast(op: Op, source: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    for piece in _pieces(op, source):
+    for piece in pieces_of(op, source):
         if piece.dtype == dtype:
             yield piece
         else:

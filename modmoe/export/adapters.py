@@ -40,6 +40,7 @@ from modmoe.errors import ExportError
 from modmoe.export.adapted_code import CONFIGURATION, MODELING, write_code
 from modmoe.export.adapter_card import write_adapter_card
 from modmoe.export.dense import RECIPE
+from modmoe.export.parcel import public_recipe
 from modmoe.export.tied import with_dtype
 from modmoe.export.verify import verify as verify_export
 from modmoe.loading import TIED_PREFIX, adapter_method, load, own_code, tokenizer_home
@@ -93,6 +94,7 @@ def export_adapter(
     *,
     form: str,
     target: str,
+    client: str,
     expert: str | None,
     dtype: torch.dtype | None,
     shard_bytes: int,
@@ -129,7 +131,7 @@ def export_adapter(
 
             made = write_folded(source, writer, approximate=approximate, tasks=tasks)
         elif form == "native":
-            made = _write_native(source, writer, target)
+            made = _write_native(source, writer, target, client)
         else:
             made = _write_tied(source, writer)
         for line in made.warnings:
@@ -150,7 +152,7 @@ def export_adapter(
             "warnings": made.warnings,
             **made.more,
         }
-        write_adapter_card(partial, result, read_adapter_config(directory), source.base.directory)
+        write_adapter_card(partial, result, read_adapter_config(directory), source.base.directory, directory)
     return result
 
 
@@ -229,7 +231,7 @@ def _write_alone(source: Source, partial: Path, output: Path) -> Written:
     (partial / ADAPTER_WEIGHTS).chmod(0o644)
     write_json(partial / ADAPTER_CONFIG, config)
     if (source.directory / RECIPE).is_file():
-        (partial / RECIPE).write_bytes((source.directory / RECIPE).read_bytes())
+        (partial / RECIPE).write_text(public_recipe(source.directory / RECIPE), encoding="utf-8")
     stored = stored_type(source.base)
     options = {"base": source.base.directory, "execute_code": source.trust_remote_code}
     return Written(
@@ -255,7 +257,7 @@ def _folded_to_single(source: Source, config: dict[str, Any]) -> tuple[dict[str,
     return {**made, **{name: config.get(name) for name in kept}}, tensors
 
 
-def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Written:
+def _write_native(source: Source, writer: CheckpointWriter, target: str, client: str) -> Written:
     """Write the experts of a MixLoRA out in full."""
     if METHODS[source.method].adapter.fold != "to_moe":
         known = ", ".join(name for name, method in METHODS.items() if method.adapter.fold == "to_moe")
@@ -269,7 +271,7 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Writ
     model = source.load()
     model_dtype = model.get_base_model().dtype
     put_saved_in(model.get_base_model())
-    plan = expand_mixlora(model, NAME_IN_PEFT, target, source.dtype)
+    plan = expand_mixlora(model, NAME_IN_PEFT, target, source.dtype, client)
     plan.run(base_weights(model), writer)
     writer.finish(plan.config)
     # weights are rounded once more than in the model with the adapter beside them
@@ -279,7 +281,7 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str) -> Writ
         reference=source.reference,
         stored=source.dtype or model_dtype,
         options=options,
-        warnings=native_warnings(plan),
+        warnings=native_warnings(plan, client),
     )
 
 

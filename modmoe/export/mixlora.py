@@ -16,58 +16,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, Qwen3MoeConfig
 
 from modmoe.adapters.attach import Site
 from modmoe.adapters.mixlora import ATTENTION, FFN, MixLoRA
 from modmoe.convert.plan import Const, Op, Plan, Shape
 from modmoe.errors import ExportError, did_you_mean
 from modmoe.export.native import CARRIED
+from modmoe.export.native_targets import TARGETS as NATIVE
+from modmoe.export.native_targets import Target
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 # names that weights get where another adapter wraps their layer
 _WRAPPED = ("base_layer", "modules_to_save", "original_module", "parametrizations")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """An MoE architecture that can hold a MixLoRA of some dense ones."""
-
-    sources: tuple[str, ...]
-    """The dense ``model_type`` that it continues."""
-    config: Any
-    """Its configuration class."""
-    architecture: str
-    """Its causal LM."""
-    block: str
-    """Where in a decoder layer its experts lie on disk."""
-    names: Mapping[str, str]
-    """What it calls the three projections on disk."""
-    attention_bias: bool = False
-    """Whether its attention can have biases."""
-    dense_layers: bool = False
-    """Whether some of its layers can keep a dense FFN."""
-
-
-TARGETS: dict[str, Target] = {
-    "mixtral": Target(
-        sources=("llama", "mistral"),
-        config=MixtralConfig,
-        architecture="MixtralForCausalLM",
-        block="block_sparse_moe",
-        names={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-    ),
-    "qwen3_moe": Target(
-        sources=("qwen3",),
-        config=Qwen3MoeConfig,
-        architecture="Qwen3MoeForCausalLM",
-        block="mlp",
-        names={part: part for part in _PARTS},
-        attention_bias=True,
-        dense_layers=True,
-    ),
-}
-"""Architectures by ``model_type``."""
+TARGETS: dict[str, Target] = {name: NATIVE[name] for name in ("mixtral", "qwen3_moe")}
+"""The architectures that compute softmax, top K, renormalise and sum, by ``model_type``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +67,11 @@ class Add:
 
 
 def expand_mixlora(
-    model: nn.Module, name: str = "default", target: str = "auto", dtype: torch.dtype | None = None
+    model: nn.Module,
+    name: str = "default",
+    target: str = "auto",
+    dtype: torch.dtype | None = None,
+    client: str = "transformers",
 ) -> Plan:
     """Return the plan of a native MoE checkpoint that computes what ``model`` does with a MixLoRA adapter.
 
@@ -116,6 +83,7 @@ def expand_mixlora(
         name: the adapter's name.
         target: a name in TARGETS, or ``auto``.
         dtype: type of the weights written; None for the base model's.
+        client: the program that will run it, one of ``native_targets.CLIENTS``.
 
     Raises:
         ExportError: no such adapter or target, or the target cannot hold the model; says why.
@@ -126,26 +94,29 @@ def expand_mixlora(
     target_name = _choose(target, str(config.model_type))
     kind = TARGETS[target_name]
     weights = base_weights(model)
-    reason = _why_not(kind, config, weights, adapters)
+    reason = _why_not(kind, config, weights, adapters, client)
     if reason:
         raise ExportError(f"{target_name} can't hold {reason}")
     dtype_made = dtype or weights[f"model.layers.{next(iter(adapters))}.{FFN}.gate_proj.weight"].dtype
     ops: dict[str, Op] = {key: Add(key, dtype=dtype) for key in weights}
     for layer, adapter in adapters.items():
         prefix = f"model.layers.{layer}."
-        block = f"{prefix}{kind.block}."
         for projection in adapter.settings.attention_modules:
             key = f"{prefix}{ATTENTION}.{projection}.weight"
             ops[key] = Add(key, partial(adapter.weight_change, projection), dtype)
         for part in _PARTS:
             del ops[f"{prefix}{FFN}.{part}.weight"]
-        ops[f"{block}gate.weight"] = Const(adapter.router_ED.detach().to(dtype_made))
+        ops[f"{prefix}{kind.router}"] = Const(adapter.router_ED.detach().to(dtype_made))
         for expert in range(adapter.settings.num_experts):
-            for part, written in kind.names.items():
-                ops[f"{block}experts.{expert}.{written}.weight"] = Add(
+            for part, written in zip(_PARTS, (kind.experts.gate, kind.experts.up, kind.experts.down), strict=True):
+                ops[prefix + written.format(expert=expert)] = Add(
                     f"{prefix}{FFN}.{part}.weight", partial(adapter.weight_change, part, expert), dtype
                 )
-    return Plan(_config(kind, config, adapters, dtype_made), ops)
+    made = _config(kind, config, adapters, dtype_made)
+    if made["tie_word_embeddings"] and client not in kind.ties:
+        made["tie_word_embeddings"] = False
+        ops["lm_head.weight"] = Add("model.embed_tokens.weight", dtype=dtype)
+    return Plan(made, ops)
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -193,8 +164,11 @@ def _choose(target: str, model_type: str) -> str:
     return fitting[0] if target == "auto" else target
 
 
-def _why_not(kind: Target, config: Any, weights: Mapping[str, Tensor], adapters: Mapping[int, MixLoRA]) -> str:
+def _why_not(
+    kind: Target, config: Any, weights: Mapping[str, Tensor], adapters: Mapping[int, MixLoRA], client: str
+) -> str:
     """Return what about the model the target has no place for, or nothing."""
+    biases = kind.biases if client in kind.bias_clients else ""
     for name, tensor in weights.items():
         parts = name.split(".")
         if any(part in _WRAPPED or part.startswith("lora_") for part in parts):
@@ -205,14 +179,17 @@ def _why_not(kind: Target, config: Any, weights: Mapping[str, Tensor], adapters:
             return f"quantized weights ({name}); load the base model unquantized."
         if parts[-1] == "bias" and FFN in parts:
             return f"biases in the FFN ({name})."
-        if parts[-1] == "bias" and ATTENTION in parts and not kind.attention_bias:
+        if parts[-1] == "bias" and ATTENTION in parts and not biases:
             return f"biases in the attention ({name})."
     chosen = {(adapter.settings.num_experts, adapter.settings.top_k) for adapter in adapters.values()}
     if len(chosen) > 1:
         return f"layers of different num_experts and top_k {sorted(chosen)}."
     dense = [layer for layer in range(int(config.num_hidden_layers)) if layer not in adapters]
-    if dense and not kind.dense_layers:
+    if dense and ("mlp_only_layers" not in kind.settings or client == "llama.cpp"):
         return f"layers without experts ({', '.join(map(str, dense))}); it needs the adapter at every layer."
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope != "default" and client not in kind.scaled_rope:
+        return f"rotary positions of type '{rope}' for {client}, which drops them there."
     layer_types = set(getattr(config, "layer_types", None) or ())
     if len(layer_types) > 1:
         return f"layers of several kinds of attention ({', '.join(sorted(layer_types))})."
@@ -224,7 +201,7 @@ def _config(kind: Target, config: Any, adapters: Mapping[int, MixLoRA], dtype: t
     values = {
         key: getattr(config, key) for key in (*CARRIED, "intermediate_size", "sliding_window") if hasattr(config, key)
     }
-    if kind.config is Qwen3MoeConfig:
+    if "mlp_only_layers" in kind.settings:
         values |= {
             "attention_bias": config.attention_bias,
             "use_sliding_window": "sliding_attention" in (config.layer_types or ()),

@@ -1,26 +1,35 @@
 """The native export: experts written out in full for an MoE architecture that transformers and other engines know.
 
-Mixtral's layer is `sum_k w_k E_k(x)`, with the softmax over all experts renormalised over the chosen. That is
-`combine: sum` exactly, and at top_k 1 either way of combining: the weight is then 1.
+A tied layer is `sum_j c_j(x) F_j(x)`. With the core, the modules that all experts have, taken out, it is
+
+    core(x) + sum_k w_k own_k(x)
+
+exactly where the weights w of the chosen sum to 1 (``combine: sum``), where one expert is chosen, and, with w = 1,
+where experts have nothing but the core in common. The core goes into the target's shared expert, or where it has none,
+into every expert. ``native_targets`` says what each target computes, ``native_gates`` how it gets these weights.
 """
 
-# Shapes: N neurons of an expert
+# Shapes: S modules stored, E experts, N neurons of an expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, MixtralConfig
+import torch
+from torch import Tensor
 
 from modmoe.checkpoint import Checkpoint
-from modmoe.convert.plan import Copy, Op, Plan, Take
+from modmoe.convert.plan import Const, Copy, Op, Plan, Stack, Take
 from modmoe.errors import ExportError, did_you_mean
-from modmoe.export.dense import dense_config, expert_neurons, ffn_prefix
+from modmoe.export.dense import dense_config, ffn_prefix
+from modmoe.export.native_gates import COLDEST, Gate, Pile, Scaled, router_factor, shared_gate
+from modmoe.export.native_model import TiedModel, gate_of, why_not
+from modmoe.export.native_targets import CLIENTS, TARGETS, Projections, Target
 from modmoe.families import layers_of
 
-_SOURCES: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig}
-# what Mixtral's configuration has in common with its sources'; read resolved, since config.json may leave out defaults
+# what all targets' configurations have in common with their sources'; read resolved, since config.json may leave out
+# defaults
 CARRIED = (
     "attention_dropout",
     "bos_token_id",
@@ -40,105 +49,252 @@ CARRIED = (
     "use_cache",
     "vocab_size",
 )
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+EMPTY_SHARED = 32
+"""Neurons, all zero, of a shared expert that a target must have where the model has no core."""
 
 
-def native_plan(tied: Checkpoint, target: str = "auto") -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Native:
+    """A native export to be."""
+
+    plan: Plan
+    target: str
+    client: str
+    why: str
+    """Why this target, and what becomes of core and gates."""
+    tolerance: float | None
+    """Bound of the proof in float32, as a share of the largest logit; None for that of exact exports."""
+    warnings: list[str]
+
+
+def native_export(
+    tied: Checkpoint, target: str = "auto", client: str = "transformers", dtype: torch.dtype | None = None
+) -> Native:
     """Return the plan of the same model as an MoE of ``target``'s architecture, under the names used on the Hub.
 
-    Reads headers and the memberships.
+    Reads headers, memberships and routers.
 
     Args:
         tied: a ModularMoE checkpoint.
-        target: a name in TARGETS, or ``auto``.
+        target: a name in TARGETS, or ``auto``: the first that holds the model, those with a shared expert before those
+            without where the experts have modules in common.
+        client: one of CLIENTS, who will run it.
+        dtype: the type that weights will be written in; None keeps theirs.
 
     Raises:
-        ExportError: no such target, or the target cannot hold the model; says why and which forms can.
+        ExportError: no such target or client, or the target cannot hold the model; says why and which forms can.
     """
-    name = "mixtral" if target == "auto" else target
-    if name not in TARGETS:
+    if target not in ("auto", *TARGETS):
         raise ExportError(f"target: no target '{target}'.{did_you_mean(target, ['auto', *TARGETS])}")
-    return TARGETS[name](tied)
+    if client not in CLIENTS:
+        raise ExportError(f"client: no client '{client}'.{did_you_mean(client, CLIENTS)}")
+    model = TiedModel(tied, dtype)
+    names = [target]
+    if target == "auto":
+        names = [name for name, row in TARGETS.items() if model.model_type in row.sources]
+        names.sort(key=lambda name: bool(model.shared_modules) and TARGETS[name].shared is None)
+    if not names:
+        known = sorted({source for row in TARGETS.values() for source in row.sources})
+        raise ExportError(
+            f"{tied.directory}: no native target holds a '{model.model_type}' model (only {', '.join(known)}); "
+            "forms that work: tied, dense."
+        )
+    refused: dict[str, str] = {}
+    for name in names:
+        reason = why_not(model, TARGETS[name], client)
+        if not reason:
+            return _export(model, name, client, refused if target == "auto" else {})
+        refused[name] = reason
+    said = "; ".join(f"{name} can't hold {reason}" for name, reason in _by_reason(refused))
+    raise ExportError(f"{tied.directory}: {said}; forms that work: tied, dense.")
 
 
-def native_warnings(plan: Plan) -> list[str]:
+def _by_reason(refused: dict[str, str]) -> list[tuple[str, str]]:
+    """Return names and reasons, those with one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(reason, []).append(name)
+    return [(" and ".join(held), reason) for reason, held in names.items()]
+
+
+def native_warnings(plan: Plan, client: str = "transformers") -> list[str]:
     """Return what a user of other engines should know of a native plan, one line each."""
     width = int(plan.config.get("moe_intermediate_size") or plan.config["intermediate_size"])
-    if width % 32 == 0:
-        return []
-    return [
-        f"experts are {width} neurons wide, no multiple of 32: block quantization (such as Q8_0) leaves them "
-        "unquantized and grouped kernels may refuse them; choose modules_per_expert so that it is."
-    ]
+    if width % 32:
+        return [
+            f"experts are {width} neurons wide, no multiple of 32: block quantization (such as Q8_0) leaves them "
+            "unquantized and grouped kernels may refuse them; choose modules_per_expert so that it is."
+        ]
+    if client == "llama.cpp" and width % 256:
+        return [
+            f"experts are {width} neurons wide, no multiple of 256: K-quants (such as Q4_K_M) fall back to larger "
+            "types for them; choose modules_per_expert so that it is, or Q8_0."
+        ]
+    return []
 
 
-def _mixtral_plan(tied: Checkpoint) -> Plan:
-    config = tied.config
-    model_type = (config.get("dense_config") or {}).get("model_type")
-    reason = _why_not_mixtral(config, str(model_type))
-    if reason:
-        raise ExportError(f"{tied.directory}: mixtral can't hold {reason}; forms that work: tied, dense.")
+def _export(model: TiedModel, name: str, client: str, refused: dict[str, str]) -> Native:
+    target, tied = TARGETS[name], model.tied
+    gate = gate_of(model, target, client)
+    assert isinstance(gate, Gate)
     ops: dict[str, Op] = {}
     replaced: set[str] = set()
-    widths: set[int] = set()
-    for layer in range(layers_of(config)):
-        stored = ffn_prefix(config, layer)
-        moe = f"model.layers.{layer}.block_sparse_moe."
-        ops[f"{moe}gate.weight"] = Copy(f"{stored}router.weight")
-        for expert in range(int(config["num_experts"])):
-            neurons_N = expert_neurons(tied, layer, expert)
-            widths.add(len(neurons_N))
-            ops[f"{moe}experts.{expert}.w1.weight"] = Take(f"{stored}gate_proj.weight", neurons_N)
-            ops[f"{moe}experts.{expert}.w3.weight"] = Take(f"{stored}up_proj.weight", neurons_N)
-            ops[f"{moe}experts.{expert}.w2.weight"] = Take(f"{stored}down_proj.weight", neurons_N, dim=1)
-        replaced.update(name for name in tied if name.startswith(stored))
-    if len(widths) != 1:
-        raise ExportError(
-            f"{tied.directory}: mixtral can't hold experts of {sorted(widths)} neurons; all must be equal."
-        )
-    kept: dict[str, Op] = {name: Copy(name) for name in tied if name not in replaced}
-    used = {name for op in ops.values() for name in op.inputs}
-    return Plan(_mixtral_config(config, str(model_type), widths.pop()), {**kept, **ops}, frozenset(replaced - used))
-
-
-def _why_not_mixtral(config: dict[str, Any], model_type: str) -> str:
-    """Return what about the model Mixtral has no place for, or nothing."""
-    top_k = int(config.get("num_experts_per_tok", 1))
-    if model_type not in _SOURCES:
-        return f"a '{model_type}' model (only {', '.join(sorted(_SOURCES))})"
-    if config.get("routing", "token") != "token":
-        return f"routing by {config['routing']} (only by token)"
-    if config.get("router_kind", "linear") != "linear":
-        return "a two-layer router (only a linear one)"
-    if config.get("compensation", False):
-        return "the compensation of skipped modules"
-    if config.get("ffn_biases"):
-        return f"biases in the FFN ({', '.join(config['ffn_biases'])})"
-    if config.get("attention_bias", False):
-        return "biases in the attention"
-    if top_k > 1 and config.get("combine", "union") != "sum":
-        return f"a union of {top_k} experts, in which a module counts once (only top_k 1, or combine: sum)"
-    if config.get("default_expert") is not None:
-        return f"a default expert ('{config['default_expert']}')"
-    return ""
-
-
-def _mixtral_config(config: dict[str, Any], model_type: str, width: int) -> dict[str, Any]:
-    plain = dense_config(config)
-    resolved = _SOURCES[model_type].from_dict(plain)
-    carried = {key: getattr(resolved, key) for key in CARRIED if hasattr(resolved, key)}
-    made = MixtralConfig(
-        **carried,
-        intermediate_size=width,
-        num_local_experts=int(config["num_experts"]),
-        num_experts_per_tok=int(config.get("num_experts_per_tok", 1)),
-        sliding_window=getattr(resolved, "sliding_window", None),
+    for layer in range(layers_of(model.config)):
+        stored = ffn_prefix(model.config, layer)
+        ops.update(_layer_ops(model, target, gate, layer))
+        replaced.update(key for key in tied if key.startswith(stored))
+    config = _config(model, target, client, gate)
+    kept: dict[str, Op] = {key: Copy(key) for key in tied if key not in replaced}
+    if model.resolved.tie_word_embeddings and not config["tie_word_embeddings"]:
+        kept[_HEAD] = Copy(_EMBEDDINGS)
+        replaced |= {_HEAD} & tied.keys()
+    used = {key for op in ops.values() for key in op.inputs}
+    plan = Plan(config, {**kept, **ops}, frozenset(replaced - used))
+    return Native(
+        plan=plan,
+        target=name,
+        client=client,
+        why=_why(model, name, client, gate, refused),
+        tolerance=target.tolerance if gate.is_relative or gate.rounds_in(model.dtype) else None,
+        warnings=[*native_warnings(plan, client), *_warnings(model, client, gate)],
     )
-    written: dict[str, Any] = made.to_dict()
-    written["architectures"] = ["MixtralForCausalLM"]
+
+
+def _warnings(model: TiedModel, client: str, gate: Gate) -> list[str]:
+    lines = []
+    if model.slides and client != "transformers":
+        lines.append(f"{client} is not known to keep the sliding window of {model.resolved.sliding_window} tokens.")
+    if gate.exponent == COLDEST:
+        lines.append(
+            "these routers are for transformers alone: a softmax over all experts, as others take, sees ties in them; "
+            "export --for the program that will run it."
+        )
+    return lines
+
+
+def _layer_ops(model: TiedModel, target: Target, gate: Gate, layer: int) -> dict[str, Op]:
+    tied, stored = model.tied, ffn_prefix(model.config, layer)
+    made = f"model.layers.{layer}."
+    member_ES, core_S = model.members_ES[layer], model.cores[layer]
+    shared_S = torch.zeros_like(core_S)
+    if target.shared is not None:
+        shared_S[core_S.nonzero().squeeze(-1)[: model.shared_modules]] = True
+    router_ED = tied[f"{stored}router.weight"]
+    norm = None if target.input_norm is None else tied[f"{made}{target.input_norm}.weight"]
+    factor = router_factor(gate, router_ED, norm)
+    router: Op = Copy(f"{stored}router.weight")
+    ops: dict[str, Op] = {f"{made}{target.router}": router if factor == 1 else Scaled(router, factor)}
+    experts = []
+    for expert in range(model.num_experts):
+        own_S = member_ES[expert] & ~shared_S
+        # a copy of the core in every expert counts as often as experts are chosen
+        scale_S = torch.where(core_S & ~shared_S, float(gate.core), float(gate.own))
+        scale_N = scale_S[own_S].repeat_interleave(model.module_size)
+        experts.append(_projections(model, stored, model.neurons(own_S), scale_N))
+    is_pile = "{expert}" not in target.experts.down
+    ops.update({f"{made}{key}": op for key, op in _named(target.experts, experts, is_pile=is_pile).items()})
+    width = target.shared and _shared_neurons(model, target)
+    if target.shared is not None and width:
+        core_N = model.neurons(shared_S)
+        scale_N = torch.full((len(core_N),), 2.0 if target.shared_gate else 1.0)
+        # what is missing is filled with any neuron, whose column of down is zero
+        filled = width - len(core_N)
+        core_N = torch.cat([core_N, core_N.new_zeros(filled)])
+        scale_N = torch.cat([scale_N, scale_N.new_zeros(filled)])
+        shared = _projections(model, stored, core_N, scale_N)
+        ops.update({f"{made}{key}": op for key, op in _named(target.shared, [shared]).items()})
+    hidden = int(model.resolved.hidden_size)
+    if target.shared_gate is not None:
+        ops[f"{made}{target.shared_gate}"] = Const(shared_gate(hidden, layer).to(model.dtype))
+    if target.selection_bias is not None:
+        ops[f"{made}{target.selection_bias}"] = Const(torch.zeros(model.num_experts))
+    if target.always_biased:
+        for role in set(target.biases) - set(model.biases):
+            rows = tied.shape(f"{made}self_attn.{role}_proj.weight")[0]
+            ops[f"{made}self_attn.{role}_proj.bias"] = Const(torch.zeros(rows, dtype=model.dtype))
+    return ops
+
+
+def _projections(model: TiedModel, stored: str, neurons_N: Tensor, scale_N: Tensor) -> tuple[Op, Op, Op]:
+    """Return gate, up and down of some neurons, down multiplied by a number for each."""
+    gate, up = (Take(f"{stored}{role}_proj.weight", neurons_N) for role in ("gate", "up"))
+    down: Op = Take(f"{stored}down_proj.weight", neurons_N, dim=1)
+    return gate, up, down if bool((scale_N == 1).all()) else Scaled(down, scale_N, model.dtype)
+
+
+def _named(names: Projections, experts: list[tuple[Op, Op, Op]], *, is_pile: bool = False) -> dict[str, Op]:
+    """Return the ops under their names on disk, put together as those say."""
+    made: dict[str, Op] = {}
+    fused = names.gate == names.up
+    if is_pile:
+        made[names.gate] = Pile(tuple(Stack((gate, up)) for gate, up, _ in experts))
+        made[names.down] = Pile(tuple(down for _, _, down in experts))
+        return made
+    for expert, (gate, up, down) in enumerate(experts):
+        if fused:
+            made[names.gate] = Stack((gate, up))
+        else:
+            made[names.gate.format(expert=expert)] = gate
+            made[names.up.format(expert=expert)] = up
+        made[names.down.format(expert=expert)] = down
+    return made
+
+
+def _own_width(model: TiedModel, target: Target) -> int:
+    modules = int(model.members_ES[0][0].sum()) - (model.shared_modules if target.shared else 0)
+    return modules * model.module_size
+
+
+def _shared_neurons(model: TiedModel, target: Target) -> int:
+    """Return the width of the shared expert, filled up where the target asks for more than the core has."""
+    core, own = model.shared_modules * model.module_size, _own_width(model, target)
+    if target.shared_in_experts:
+        return max(1, -(-core // own)) * own
+    return core if core or target.is_shared_optional else EMPTY_SHARED
+
+
+def _config(model: TiedModel, target: Target, client: str, gate: Gate) -> dict[str, Any]:
+    resolved = model.resolved
+    values = {key: getattr(resolved, key) for key in (*CARRIED, *target.carried) if hasattr(resolved, key)}
+    values["head_dim"] = model.head_dim
+    if not target.any_head_dim:
+        values.pop("head_dim")  # its configuration has no such key
+    if "attention_multiplier" in target.carried:
+        values.setdefault("attention_multiplier", model.head_dim**-0.5)
+    if client not in target.ties:
+        values["tie_word_embeddings"] = False
+    values |= {target.num_experts: model.num_experts, "num_experts_per_tok": model.top_k}
+    own = _own_width(model, target)
+    # some engines want a width even where no layer is dense
+    values |= {"intermediate_size": int(model.config["dense_intermediate_size"]), target.width: own}
+    if target.shared is not None:
+        width = _shared_neurons(model, target)
+        values[target.shared_width] = width // own if target.shared_in_experts else width
+    if target.bias_key:
+        values[target.bias_key] = target.always_biased or bool(model.biases)
+    if target.qk_norm_key:
+        values[target.qk_norm_key] = "model.layers.0.self_attn.q_norm.weight" in model.tied
+    written: dict[str, Any] = target.config(**{**values, **target.settings, **gate.settings}).to_dict()
+    written["architectures"] = [target.architecture]
+    plain = dense_config(model.config)
     dtype = plain.get("dtype", plain.get("torch_dtype"))
     written.pop("dtype", None)
     return {**written, "dtype": dtype} if dtype is not None else written
 
 
-TARGETS: dict[str, Callable[[Checkpoint], Plan]] = {"mixtral": _mixtral_plan}
-"""Name of an architecture to the function that plans an export to it."""
+def _why(model: TiedModel, name: str, client: str, gate: Gate, refused: dict[str, str]) -> str:
+    target = TARGETS[name]
+    words = [f"continues {model.model_type}"]
+    if model.shared_modules:
+        where = "are copied into every expert"
+        if target.shared is not None:
+            filled = _shared_neurons(model, target) - model.shared_modules * model.module_size
+            where = "are its shared expert" + (f", filled up with {filled} zero neurons" if filled else "")
+        words.append(f"the {model.shared_modules} shared modules {where}")
+    rounds = f", rounded to {str(model.dtype).removeprefix('torch.')}" if gate.rounds_in(model.dtype) else ""
+    words.append(f"gates: {gate.note}{rounds}")
+    if client not in target.ties and bool(model.resolved.tie_word_embeddings):
+        words.append(f"the output matrix is written out, since {client} is not known to tie it")
+    words += [f"not {other}: it can't hold {reason}" for other, reason in refused.items()]
+    return f"{name} for {client}: {'; '.join(words)}"

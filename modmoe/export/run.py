@@ -18,12 +18,14 @@ from modmoe.convert.plan import Plan
 from modmoe.errors import CheckpointError, ExportError, did_you_mean
 from modmoe.export.card import write_card
 from modmoe.export.dense import RECIPE, dense_plan, expert_number, family_of_tied
-from modmoe.export.native import native_plan, native_warnings
+from modmoe.export.native import native_export
+from modmoe.export.native_targets import CLIENTS
 from modmoe.export.packed import packed_plan, packed_warnings
+from modmoe.export.parcel import public_recipe
 from modmoe.export.tied import tied_plan, with_dtype
 from modmoe.export.verify import verify as verify_export
 from modmoe.loading import PACKED_PREFIX, is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
-from modmoe.staging import check_output, open_output
+from modmoe.staging import check_output, check_space, open_output
 
 FORMS = ("tied", "dense", "native", "packed", "adapter")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,6 +44,10 @@ class _Export:
     needs_code: bool = False
     """Whether the export carries code of its own."""
     load_options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float | None = None
+    """Bound of the proof in float32, as a share of the largest logit; None for that of exact exports."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What the result says beside what it says of every form."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -51,6 +57,7 @@ def export(
     *,
     form: str,
     target: str = "auto",
+    client: str = "transformers",
     expert: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -70,6 +77,7 @@ def export(
         output: a directory that is new or empty, unless ``overwrite``.
         form: ``tied``, ``dense``, ``native`` or ``packed``; of an adapter ``adapter`` too, and not ``packed``.
         target: the architecture of a native export, or ``auto``.
+        client: the program that a native export is for: ``transformers``, ``vllm``, ``sglang`` or ``llama.cpp``.
         expert: the expert that a dense export keeps, or that a tied or packed one routed by task begins with.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the weights' type.
         max_shard_size: such as ``5GB``.
@@ -83,8 +91,8 @@ def export(
 
     Returns:
         ``form``, ``target``, ``output``, ``expert``, ``dtype``, ``verified`` (None without ``verify``),
-        ``bytes_before`` and ``bytes_after`` of all tensors, ``warnings``, ``seconds``; of an adapter also ``method``,
-        and what ``modmoe.export.folded`` adds.
+        ``bytes_before`` and ``bytes_after`` of all tensors, ``warnings``, ``seconds``; of a native one also ``client``
+        and ``why``; of an adapter also ``method``, and what ``modmoe.export.folded`` adds.
 
     Raises:
         ExportError: an unknown form, target, expert or dtype; a form that cannot hold the model; a failed proof.
@@ -92,7 +100,7 @@ def export(
         RecipeError: ``output`` is not free, or ``max_shard_size`` no size.
     """
     say, started_s = progress or (lambda *_: None), time.monotonic()
-    _check_words(form, target, dtype)
+    _check_words(form, target, client, dtype)
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
@@ -108,6 +116,7 @@ def export(
             output,
             form=form,
             target=target,
+            client=client,
             expert=expert,
             dtype=wanted,
             shard_bytes=shard_bytes,
@@ -125,10 +134,16 @@ def export(
             f"{directory}: the proof would run the checkpoint's own Python files; read them, then pass "
             "--trust-remote-code, or --no-verify."
         )
-    made = _plan(tied, form, target, expert)
+    made = _plan(tied, form, target, client, expert, wanted)
     made.plan.check(tied)
+    if "why" in made.told:
+        _log.info("%s", made.told["why"])
     for line in made.warnings:
         _log.warning("%s", line)
+    bytes_before = tensor_bytes(tied)
+    bytes_after = sum(tensor.size_bytes for tensor in made.plan.outputs(tied, wanted).values())
+    say(f"{form}: {bytes_before:,} bytes become {bytes_after:,}")
+    check_space(output, bytes_after)
     with open_output(output, overwrite=overwrite) as partial:
         writer = CheckpointWriter(
             partial, max_shard_bytes=shard_bytes, report=lambda *count: say("writing, bytes", *count)
@@ -146,7 +161,14 @@ def export(
                 set_expert=form == "tied",
                 execute_code=made.needs_code,
                 options=made.load_options,
+                tolerance=made.tolerance,
             )
+            if made.tolerance is not None:
+                told = list(verified["by_dtype"].values())[-1]
+                _log.info(
+                    "gates are not exact: logits differ by %.2g in the mean, %.2g at most; a mean of %.2g is allowed",
+                    *(told[key] for key in ("mean_abs_logit_diff", "max_abs_logit_diff", "tolerance")),
+                )
         result = {
             "form": form,
             "target": made.target,
@@ -154,19 +176,24 @@ def export(
             "expert": expert if form in ("tied", "packed") else made.expert,
             "dtype": str(made.plan.config.get("dtype")) if dtype is None else dtype,
             "verified": verified,
-            "bytes_before": tensor_bytes(tied),
-            "bytes_after": tensor_bytes(Checkpoint(partial)),
+            "bytes_before": bytes_before,
+            "bytes_after": bytes_after,
             "warnings": made.warnings,
+            **made.told,
         }
         write_card(partial, result, tied)
     return {**result, "seconds": round(time.monotonic() - started_s, 2)}
 
 
-def _check_words(form: str, target: str, dtype: str | None) -> None:
+def _check_words(form: str, target: str, client: str, dtype: str | None) -> None:
     if form not in FORMS:
         raise ExportError(f"form: no form '{form}'.{did_you_mean(form, FORMS)}")
     if target != "auto" and form != "native":
         raise ExportError(f"target: '{target}' goes with the native form only; this is {form}.")
+    if client not in CLIENTS:
+        raise ExportError(f"client: no client '{client}'.{did_you_mean(client, CLIENTS)}")
+    if client != "transformers" and form != "native":
+        raise ExportError(f"client: '{client}' goes with the native form only; this is {form}.")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype: no dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}")
 
@@ -183,7 +210,9 @@ def _check_converted(source: str, directory: Path, form: str, is_approximate: bo
         raise ExportError("approximate: folds an adapter, and this is none; leave --approximate and --task out.")
 
 
-def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Export:
+def _plan(
+    tied: Checkpoint, form: str, target: str, client: str, expert: str | None, dtype: torch.dtype | None
+) -> _Export:
     names: list[str] = list(tied.config.get("expert_names") or [])
     by_task = tied.config.get("routing") == "task"
     if expert is not None:
@@ -197,11 +226,16 @@ def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Expo
     if form == "native":
         if expert is not None:
             raise ExportError(f"expert: a native export keeps all experts; for '{expert}' alone use --form dense.")
-        plan = native_plan(tied, target)
-        # the default way of computing experts is for GPUs
-        options = {"experts_implementation": "eager"}
-        name = plan.config["model_type"]
-        return _Export(plan=plan, target=name, load_options=options, warnings=native_warnings(plan))
+        native = native_export(tied, target, client, dtype)
+        return _Export(
+            plan=native.plan,
+            target=native.target,
+            # the default way of computing experts is for GPUs
+            load_options={"experts_implementation": "eager"},
+            tolerance=native.tolerance,
+            told={"client": client, "why": native.why},
+            warnings=native.warnings,
+        )
     if expert is not None and not by_task:
         raise ExportError(f"expert: this model's router chooses; for '{expert}' alone use --form dense.")
     if form == "packed":
@@ -218,7 +252,7 @@ def _plan(tied: Checkpoint, form: str, target: str, expert: str | None) -> _Expo
 def _write_companions(made: _Export, source: Path, directory: Path) -> None:
     copy_companions(source, directory)
     if (source / RECIPE).is_file():
-        (directory / RECIPE).write_bytes((source / RECIPE).read_bytes())
+        (directory / RECIPE).write_text(public_recipe(source / RECIPE), encoding="utf-8")
     if is_tied_type(made.plan.config["model_type"]):
         write_code(directory, made.plan.config, source)
     elif made.plan.config["model_type"].startswith(PACKED_PREFIX):

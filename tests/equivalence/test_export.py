@@ -17,7 +17,7 @@ from modmoe.checkpoint import INDEX, Checkpoint, CheckpointWriter
 from modmoe.convert.plan import Plan
 from modmoe.errors import ExportError
 from modmoe.export.dense import dense_plan, family_of_tied
-from modmoe.export.native import native_plan
+from modmoe.export.native import native_export
 from modmoe.export.run import export
 from modmoe.export.tied import CODE_FILES, tied_plan
 from modmoe.families import FAMILIES
@@ -124,7 +124,7 @@ def test_a_dense_export_needs_no_router(routing, tmp_path):
 )
 def test_a_mixtral_export_is_the_tied_model(model_type, changes, router, tmp_path):
     tied = write_tied(tmp_path, model_type, changes=changes, **router)
-    directory = write(native_plan(Checkpoint(tied)), tied, tmp_path / "out")
+    directory = write(native_export(Checkpoint(tied)).plan, tied, tmp_path / "out")
     model = load(tied, dtype=torch.float64)
     native = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager")
     assert native.config.model_type == "mixtral"
@@ -134,7 +134,7 @@ def test_a_mixtral_export_is_the_tied_model(model_type, changes, router, tmp_pat
 
 def test_a_mixtral_export_has_the_names_used_on_the_hub(tmp_path):
     tied = write_tied(tmp_path, "mistral")
-    names = set(native_plan(Checkpoint(tied)).ops)
+    names = set(native_export(Checkpoint(tied)).plan.ops)
     assert "model.layers.1.block_sparse_moe.gate.weight" in names
     assert {f"model.layers.0.block_sparse_moe.experts.2.{part}.weight" for part in ("w1", "w2", "w3")} <= names
     assert not any(".mlp." in name for name in names)
@@ -147,7 +147,7 @@ def test_many_shards_hold_what_one_does(form, tmp_path):
     plan = {
         "tied": lambda: tied_plan(source),
         "dense": lambda: dense_plan(source, family_of_tied(source), "words"),
-        "native": lambda: native_plan(source),
+        "native": lambda: native_export(source).plan,
     }[form]()
     one = Checkpoint(write(plan, tied, tmp_path / "one"))
     many = Checkpoint(write(plan, tied, tmp_path / "many", max_shard_bytes=8000))

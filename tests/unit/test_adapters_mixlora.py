@@ -287,6 +287,20 @@ def test_the_expansion_reloaded_by_transformers_computes_the_same(model_type, ch
     assert (plain - wanted).abs().max() > 0.05 * scale
 
 
+def test_the_expansion_is_for_the_program_that_will_run_it(tmp_path):
+    """Engines that are not known to tie the output matrix get it; llama.cpp has no dense layers beside experts."""
+    model, _ = attached("qwen3", changes={"tie_word_embeddings": True})
+    assert "lm_head.weight" not in expand_mixlora(model, client="llama.cpp").ops
+    plan = expand_mixlora(model, client="sglang")
+    assert plan.config["tie_word_embeddings"] is False
+    loaded = written(plan, model, tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+    detach(model)
+    attach(model, MixLoRA, settings(), layers=[1])
+    with pytest.raises(ExportError, match="layers without experts"):
+        expand_mixlora(model, client="llama.cpp")
+
+
 def test_layers_without_the_adapter_stay_dense_where_the_target_can(tmp_path):
     model = dense_model("qwen3")
     attach(model, MixLoRA, settings(attention_modules=["q_proj"]), layers=[1])

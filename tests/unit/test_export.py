@@ -14,7 +14,7 @@ from modmoe.errors import CheckpointError, ExportError, ModmoeError, RecipeError
 from modmoe.export import run, verify
 from modmoe.export.card import escape
 from modmoe.export.dense import FoldMeans, dense_config, dense_plan, family_of_tied
-from modmoe.export.native import native_plan, native_warnings
+from modmoe.export.native import native_export, native_warnings
 from modmoe.export.run import export
 from modmoe.export.tied import CODE_FILES, with_dtype
 from modmoe.families import FAMILIES
@@ -85,7 +85,7 @@ def test_a_dense_source_and_a_taken_output_are_refused(mistral, tmp_path):
 def test_what_mixtral_cannot_hold_is_named(model_type, changes, router, said, tmp_path):
     tied = write_tied(tmp_path, model_type, changes=changes, **router)
     with pytest.raises(ExportError) as caught:
-        native_plan(Checkpoint(tied))
+        native_export(Checkpoint(tied), "mixtral")
     assert said in check_one_line(caught.value)
     assert "mixtral can't hold" in str(caught.value) and "tied, dense" in str(caught.value)
 
@@ -98,7 +98,7 @@ def test_a_compensation_without_a_place_is_refused(tmp_path):
 
 
 def test_odd_expert_widths_are_warned_of(mistral):
-    plan = native_plan(Checkpoint(mistral))
+    plan = native_export(Checkpoint(mistral)).plan
     assert plan.config["intermediate_size"] == 24
     (warning,) = native_warnings(plan)
     assert "24 neurons wide" in warning
@@ -112,7 +112,7 @@ def test_mixtral_gets_what_config_json_leaves_out(tmp_path):
     for key in ("rms_norm_eps", "head_dim", "hidden_act", "tie_word_embeddings"):
         config.pop(key, None)
     write_config(tied, config)
-    made = native_plan(Checkpoint(tied)).config
+    made = native_export(Checkpoint(tied), "mixtral").plan.config
     assert made["rms_norm_eps"] == 1e-6  # Llama's default, not Mixtral's
     assert made["head_dim"] == 8
     assert made["sliding_window"] is None
