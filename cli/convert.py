@@ -1,4 +1,4 @@
-"""``modmoe convert``: a dense checkpoint becomes a parameter-sharing mixture of experts."""
+"""``modmoe convert``: a dense checkpoint becomes a mixture of experts, or one of these has fewer experts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ EPILOG = flags.examples(
     "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt --active-fraction 0.5",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
+    "modmoe convert ./mixtral ./smaller --method experts --num-experts 4 --task math=math.jsonl",
     "modmoe convert ./model ./adapter --method adapters --adapter comol --budget 1000000",
 )
 
@@ -24,10 +25,14 @@ def convert(
     output: flags.Output,
     task: flags.Task = None,
     recipe: flags.RecipeFile = None,
-    method: Annotated[str | None, typer.Option(metavar="METHOD", help="The conversion: modular or adapters.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="The conversion: modular, experts or adapters.")
+    ] = None,
     tokens: flags.Tokens = None,
     num_modules: flags.NumModules = None,
-    num_experts: Annotated[int | None, typer.Option(help="Experts; by default one a task.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts; by default one a task. With --method experts: those that are left.")
+    ] = None,
     modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert.")] = None,
     active_fraction: Annotated[
         float | None, typer.Option(help="Share of the modules that each expert has, instead.")
@@ -56,7 +61,10 @@ def convert(
         int | None, typer.Option(help="Sequence routing: tokens after which the choice is made anew without a prompt.")
     ] = None,
     partition: flags.PartitionMethod = None,
-    assignment: Annotated[str | None, typer.Option(metavar="METHOD", help="How modules are given to experts.")] = None,
+    assignment: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="How modules are given to experts. With --method experts: prune or merge."),
+    ] = None,
     score: flags.Score = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="METHOD", help="With --method adapters: which routed adapter.")
@@ -86,6 +94,10 @@ def convert(
 
     FFN neurons are cut into disjoint modules, and each expert is a set of modules that it may share with others. Every
     module is stored once.
+
+    With --method experts the source is a mixture of experts (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, FlexOlmo): experts
+    of a low --score (reap, frequency, activation, msan, contribution, random) are left out, or experts of like outputs
+    are merged, and it is written in its own format.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         tasks = flags.parse_tasks(task)

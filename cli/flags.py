@@ -37,7 +37,9 @@ NumModules = Annotated[int | None, typer.Option(help="Modules of each FFN; must 
 PartitionMethod = Annotated[
     str | None, typer.Option("--partition", metavar="METHOD", help="How neurons are cut into modules.")
 ]
-Score = Annotated[str | None, typer.Option(metavar="METHOD", help="How a module's importance is measured.")]
+Score = Annotated[
+    str | None, typer.Option(metavar="METHOD", help="How the importance of a module or an expert is measured.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that draws numbers.")]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")]
 Trust = Annotated[

@@ -26,8 +26,10 @@ from modmoe.recipe import Recipe
 MOST_SUBSETS = 20_000
 """Above this many choices of top_k experts their largest union is bounded, not searched."""
 
-_ROUTED = re.compile(r"\.experts\.")
-_SHARED = re.compile(r"\.(shared_experts?|shared_mlp)\.")
+_ROUTED = re.compile(r"\.experts\.|\.block_sparse_moe\.(input|output)_linear\.")
+_FFN = re.compile(r"\.(experts|mlp|block_sparse_moe|shared_mlp|feed_forward|ffn)\.")
+"""Routed and shared experts, and the FFNs of dense layers, as mixtures of experts of other formats name them."""
+_GATES = re.compile(r"\.(gate|router|shared_expert_gate)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,30 +223,26 @@ def count_tied(checkpoint: Checkpoint, layers: Sequence[LayerCounts]) -> Counts:
 
 def count_other(checkpoint: Checkpoint) -> Counts:
     """Return the parameters of a checkpoint that is dense, or a mixture of experts of another format."""
-    sizes = tensor_parameters(checkpoint)
+    return count_sizes(tensor_parameters(checkpoint), *routed_of(checkpoint.config))
+
+
+def count_sizes(sizes: Mapping[str, int], num_experts: int, top_k: int) -> Counts:
+    """Return the parameters of such a checkpoint from its tensors' sizes by name; 0 experts are a dense one.
+
+    Layers may be dense: what skips nothing is what is in no routed expert.
+    """
     stored = sum(sizes.values())
-    num_experts, top_k = routed_of(checkpoint.config)
     routed = sum(size for name, size in sizes.items() if _ROUTED.search(name)) if num_experts else 0
-    if not routed:
-        return Counts(
-            dense=stored,
-            stored=stored,
-            active=stored,
-            active_max=stored,
-            materialised=stored,
-            ffn_sparsity=0.0,
-            total_sparsity=0.0,
-        )
-    skipped = round(routed * (1 - min(top_k, num_experts) / num_experts))
-    always = sum(size for name, size in sizes.items() if _SHARED.search(name))
+    skipped = round(routed * (1 - min(top_k, num_experts) / num_experts)) if routed else 0
+    ffn = sum(size for name, size in sizes.items() if _FFN.search(name) and not _GATES.search(name))
     return Counts(
-        dense=None,
+        dense=None if routed else stored,
         stored=stored,
         active=stored - skipped,
         active_max=stored - skipped,
         materialised=stored,
-        ffn_sparsity=skipped / (routed + always),
-        total_sparsity=skipped / stored,
+        ffn_sparsity=skipped / ffn if skipped else 0.0,
+        total_sparsity=skipped / stored if skipped else 0.0,
     )
 
 

@@ -39,7 +39,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except Exception as error:

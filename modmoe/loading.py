@@ -117,6 +117,8 @@ def load(
             model = model_type.from_pretrained(directory, config=config_type.from_pretrained(directory), **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
+            if where.type == "cpu":  # transformers' own choice is for GPUs; here it refuses many widths of experts
+                model.set_experts_implementation("eager")
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{directory}: transformers cannot load it: {reason[:300]}") from error

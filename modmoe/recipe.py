@@ -83,6 +83,18 @@ class RouterRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsRecipe:
+    """Which experts of an existing mixture of experts are left, where ``method`` is ``experts``."""
+
+    num_experts: int | None = None
+    """Experts that each layer keeps; has to be given."""
+    assignment: Literal["prune", "merge"] = "prune"
+    """``prune``: the experts of the highest score stay. ``merge``: experts of like outputs become one."""
+    score: str = "reap"
+    """Importance of an expert, a name in modmoe.convert.experts.SCORES; merging has its own, the frequency."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneRecipe:
     """How a model is trained after conversion."""
 
@@ -133,7 +145,7 @@ class Recipe:
     source: str | None = None
     """A local directory or a Hub id of the dense checkpoint."""
     method: str = "modular"
-    """modular, or adapters to attach routed adapters to a model that stays as it is."""
+    """modular; experts, to prune or merge those of a mixture of experts; adapters, to attach routed adapters."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task name to file; the name becomes the expert's name where experts are tasks."""
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -144,6 +156,8 @@ class Recipe:
     """Which modules make up which expert."""
     router: RouterRecipe = RouterRecipe()
     """How experts are chosen at run time."""
+    experts: ExpertsRecipe = ExpertsRecipe()
+    """Which experts of an existing mixture of experts are left."""
     adapter: AdapterRecipe = AdapterRecipe()
     """Which routed adapter is attached."""
     finetune: FinetuneRecipe = FinetuneRecipe()
@@ -177,6 +191,8 @@ class Recipe:
             positive["assignment.num_experts"] = self.assignment.num_experts
         if self.assignment.modules_per_expert is not None:
             positive["assignment.modules_per_expert"] = self.assignment.modules_per_expert
+        if self.experts.num_experts is not None:
+            positive["experts.num_experts"] = self.experts.num_experts
         if self.adapter.budget is not None:
             positive["adapter.budget"] = self.adapter.budget
         if self.finetune.learning_rate is not None:
@@ -251,6 +267,20 @@ def dump_recipe(recipe: Recipe, extra: Mapping[str, Any] | None = None) -> str:
     """Return the resolved recipe as YAML, with ``extra`` keys (versions, command) as a comment block on top."""
     head = "".join(f"# {key}: {value}\n" for key, value in (extra or {}).items())
     return head + yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+def flat_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values by the dotted keys that ``make_recipe`` takes."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            flat.update(
+                {f"{item.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+            )
+        else:
+            flat[item.name] = value
+    return flat
 
 
 _OPEN_MAPS = ("tasks", "family", "adapter.settings")

@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +74,8 @@ _FINETUNING = {
 }
 FORMS = ("tied", "packed", "native", "dense", "adapter")
 """Forms of an export."""
+CLIENTS = ("transformers", "vllm", "sglang", "llama.cpp")
+"""Programs that a native export can be for."""
 DTYPES = ("bfloat16", "float16", "float32")
 """Types that an export's weights can be cast to."""
 
@@ -100,7 +101,7 @@ def resolve_recipe(
     Raises:
         RecipeError: an unknown keyword, two recipes, or whatever is wrong with the recipe.
     """
-    from modmoe.recipe import Recipe, load_recipe, make_recipe
+    from modmoe.recipe import Recipe, flat_recipe, load_recipe, make_recipe
 
     if isinstance(source, Recipe) or (source is not None and Path(source).suffix in (".yaml", ".yml")):
         if recipe is not None:
@@ -122,7 +123,7 @@ def resolve_recipe(
     if source is not None:
         overrides["source"] = str(source)
     if isinstance(recipe, Recipe):
-        return make_recipe({**_flat(recipe), **overrides}) if overrides else recipe
+        return make_recipe({**flat_recipe(recipe), **overrides}) if overrides else recipe
     return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides)
 
 
@@ -168,7 +169,7 @@ def convert(
     progress: Progress | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Convert a dense checkpoint into a parameter-sharing mixture of experts, written whole or not at all.
+    """Convert a dense checkpoint into a parameter-sharing mixture of experts, or reduce one; whole or not at all.
 
     ``fit_bytes`` chooses the most modules an expert may have so that the checkpoint's weights fit, whatever the overlap
     of the experts turns out to be. Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it
@@ -178,6 +179,17 @@ def convert(
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.method != "adapters":
             raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
+    if resolved.method == "experts":
+        from modmoe.convert.expert_run import expert_places, reduce_experts
+        from modmoe.export.experts_card import write_experts_card
+        from modmoe.export.verify import verify
+
+        places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
+        resolved = resolve_recipe("convert", source, recipe, places)
+        _need_source_and_tasks("convert", resolved)
+        options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision}
+        options |= {"prove": verify, "write_card": write_experts_card, "progress": progress}
+        return reduce_experts(resolved, _output("convert", output), **options)
     if resolved.method == "adapters":
         return _attach(resolved, output, keywords, fit_bytes, overwrite, dry_run, revision, progress)
     _need_source_and_tasks("convert", resolved)
@@ -217,9 +229,7 @@ def _attach(
     if fit_bytes is not None:
         raise RecipeError("--fit-bytes: adapters are sized by --budget, a number of parameters.")
     counts = {name: keywords[name] for name in ("num_experts", "top_k") if keywords.get(name) is not None}
-    if counts:
-        settings = {**recipe.adapter.settings, **counts}
-        recipe = dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, settings=settings))
+    recipe = resolve_recipe("convert", recipe, None, {"adapter_settings": {**recipe.adapter.settings, **counts}})
     from modmoe.convert.adapters import attach_adapters
 
     return attach_adapters(
@@ -269,6 +279,7 @@ def export(
     *,
     form: str = "tied",
     target: str = "auto",
+    client: str = "transformers",
     expert: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -283,6 +294,7 @@ def export(
     """Write a converted model or an adapter in a form that is given away. Returns what ``modmoe export --json`` prints.
 
     ``form`` is tied, packed, native, dense or adapter; ``expert`` names the one that a dense export keeps.
+    ``client`` is the program that a native export is for: transformers, vllm, sglang or llama.cpp.
     ``approximate`` folds an adapter that depends on the token, its experts' weights held at their means over ``tasks``.
     """
     from modmoe.export.run import export as run
@@ -292,6 +304,7 @@ def export(
         str(output),
         form=form,
         target=target,
+        client=client,
         expert=expert,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -313,7 +326,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
 
 def evaluate(
     source: str | Path,
-    tasks: Mapping[str, str],
+    tasks: Mapping[str, str] | None = None,
     *,
     baseline: str | None = None,
     tokens: int = 32768,
@@ -322,30 +335,46 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     expert: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     revision: str | None = None,
+    harness: Sequence[str] | None = None,
+    harness_path: str | Path | None = None,
+    limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure loss, perplexity, bits per byte and tokens a second of each task.
+    """Measure loss, perplexity, bits per byte and tokens a second of each task, or run tasks of lm-eval.
 
     With a ``baseline``, each number has the ratio to the dense model's beside it. ``expert`` fixes the expert of a
-    model with task routing; by default a task is run with the expert of its name. Returns what ``modmoe eval --json``
-    prints.
+    model with task routing; by default a task is run with the expert of its name. ``harness`` names tasks of lm-eval,
+    which are run in place of ``tasks``; ``harness_path`` is a folder with more of them, and ``limit`` the most samples
+    of each. ``seed`` is 0 by default, and lm-eval's own where it runs. Returns what ``modmoe eval --json`` prints.
     """
+    if bool(tasks) == bool(harness):
+        raise RecipeError("eval: give tasks with their text, or harness with names of lm-eval's tasks, one of the two.")
+    options: dict[str, Any] = {
+        "baseline": baseline,
+        "batch_size": batch_size,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "expert": expert,
+        "progress": progress,
+    }
+    if harness:
+        from modmoe.finetune.harness import evaluate_harness
+
+        path = None if harness_path is None else str(harness_path)
+        return evaluate_harness(_local(source, revision), harness, path=path, limit=limit, seed=seed, **options)
+    if harness_path is not None or limit is not None:
+        raise RecipeError("eval: harness_path and limit go with harness; leave them out or name tasks of lm-eval.")
     from modmoe.finetune.evaluate import evaluate as run
 
     return run(
         _local(source, revision),
-        dict(tasks),
-        baseline=baseline,
+        dict(tasks or {}),
         tokens=tokens,
         sequence_length=sequence_length,
-        batch_size=batch_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        expert=expert,
-        seed=seed,
-        progress=progress,
+        seed=seed or 0,
+        **options,
     )
 
 
@@ -368,16 +397,3 @@ def _output(step: str, output: str | Path | None) -> str:
     if output is None:
         raise RecipeError(f"{step}: no output directory is given.")
     return str(output)
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(recipe):
-        value = getattr(recipe, item.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            flat.update(
-                {f"{item.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
-            )
-        else:
-            flat[item.name] = value
-    return flat

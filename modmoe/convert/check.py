@@ -5,6 +5,7 @@ from __future__ import annotations
 from modmoe.analyze.partition import find_partitioner
 from modmoe.analyze.score import SCORES
 from modmoe.convert.assignment import ASSIGNMENTS
+from modmoe.convert.experts import SCORES as EXPERT_SCORES
 from modmoe.convert.run import METHODS, check_experts
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.families import family_of
@@ -21,6 +22,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("method", recipe.method, METHODS),
         ("assignment.method", recipe.assignment.method, tuple(ASSIGNMENTS)),
         ("assignment.score", recipe.assignment.score, tuple(SCORES)),
+        ("experts.score", recipe.experts.score, tuple(EXPERT_SCORES)),
     ):
         if name not in known:
             raise RecipeError(f"{place}: there is no '{name}'.{did_you_mean(name, known)}")
@@ -32,5 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
         make_config(recipe.adapter.method, recipe.adapter.settings)
     elif recipe.method == "adapters":
         raise RecipeError("adapter.method: is not given; method adapters needs one.")
-    if recipe.tasks and recipe.method != "adapters":
+    if recipe.method == "experts" and recipe.experts.num_experts is None:
+        raise RecipeError("experts.num_experts: is not given; say how many experts each layer keeps.")
+    if recipe.tasks and recipe.method == "modular":
         check_experts(recipe)

@@ -39,7 +39,7 @@ from modmoe.inspection import inspect
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
-METHODS = ("modular", "adapters")
+METHODS = ("modular", "experts", "adapters")
 # above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
 _FLOAT64_PARAMETERS = 200_000_000
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from trl.trainer.sft_config import SFTConfig
 
+from modmoe.adapters.targets import find_base_router
 from modmoe.analyze import ranks
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
@@ -55,7 +56,8 @@ def finetune(
     Under torchrun or accelerate launch the ranks share each batch; the first alone writes.
 
     Args:
-        source: a tied checkpoint, or a dense one with ``train: full`` or ``lora``.
+        source: a tied checkpoint, a dense one with ``train: full`` or ``lora``, or another's mixture of experts with
+            ``full`` or ``router``.
         output: a directory that is free; states lie in ``<output>.partial/trainer`` until the end.
         recipe: its ``finetune`` part, tasks, seed, device and trust.
         eval_tasks: task name to file; each is measured before and after.
@@ -209,7 +211,7 @@ def _is_routed_by_task(model: PreTrainedModel) -> bool:
 def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> LoraConfig | None:
     """Freeze what does not learn; return the LoRA to attach where there is one."""
     train = recipe.finetune.train
-    routers = [name for name, _ in model.named_parameters() if ".router." in name] if _has_routers(model) else []
+    routers = _routers(model)
     if train == "router" and not routers:
         why = "is routed by task and has no router" if _is_routed_by_task(model) else "is dense and has no router"
         raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
@@ -219,7 +221,7 @@ def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) ->
             r=recipe.finetune.lora_rank,
             lora_alpha=2 * recipe.finetune.lora_rank,
             target_modules=_ffn_matrices(model, recipe),
-            modules_to_save=["router"] if routers else None,
+            modules_to_save=["router"] if routers and isinstance(model, ModularMixin) else None,
             fan_in_fan_out=not isinstance(model, ModularMixin)
             and family_of(model.config.to_dict(), recipe.family).transposed,
         )
@@ -228,8 +230,18 @@ def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) ->
     return None
 
 
-def _has_routers(model: PreTrainedModel) -> bool:
-    return isinstance(model, ModularMixin) and model.config.routing != "task"
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the routers' parameters, of a tied model or of a mixture of experts of transformers."""
+    if isinstance(model, ModularMixin):
+        is_routed = model.config.routing != "task"
+        return [name for name, _ in model.named_parameters() if is_routed and ".router." in name]
+    routers = {id(router) for block in model.modules() if (router := find_base_router(block)) is not None}
+    return [
+        f"{path}.{name}"
+        for path, submodule in model.named_modules()
+        if id(submodule) in routers
+        for name, _ in submodule.named_parameters()
+    ]
 
 
 def _ffn_matrices(model: PreTrainedModel, recipe: Recipe) -> list[str]:

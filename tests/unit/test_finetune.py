@@ -224,23 +224,6 @@ def test_a_resumed_run_is_the_unbroken_one(
         assert resumed[key] == whole[key]
 
 
-def test_experts_of_a_native_moe_are_restored(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(**{**tiny.CONFIGS["mistral"][1], "num_local_experts": 4, "num_experts_per_tok": 2})
-    config._experts_implementation = "eager"
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    tiny.tokenizer().save_pretrained(tmp_path / "moe")
-    values = {"max_steps": 4, "save_steps": 2}
-    run(tmp_path, tmp_path / "whole", "moe", tasks, **values)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, tmp_path / "out", "moe", tasks, progress=stop_at(3), **values)
-    run(tmp_path, tmp_path / "out", "moe", tasks, resume=True, **values)
-    assert not changed(tmp_path / "whole", tmp_path / "out")
-    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in changed(tmp_path / "moe", tmp_path / "out")
-
-
 def test_a_state_cut_short_is_passed_over(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
     values = {"max_steps": 5, "save_steps": 2}
     run(room, tmp_path / "whole", "token", tasks, **values)
