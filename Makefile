@@ -14,13 +14,17 @@ STAMP := $(VENV)/.modmoe-installed
 TREE := build/tree
 DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
+# programs that read what modmoe writes, for test-clients
+CLIENTS := build/llama_cpp
+LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
 
-.PHONY: help demo test lint format types imports sizes unit wheel clean install
+.PHONY: help demo test test-clients lint format types imports sizes unit wheel clean install
 
 help:
 	@echo 'make demo     the whole main job on the model that ships with modmoe'
 	@echo 'make test     format, lint, types, imports, file sizes and all tests'
 	@echo 'make lint     the same without the tests'
+	@echo 'make test-clients     the tests with lm-eval and llama.cpp, which it builds: some minutes the first time'
 	@echo 'make wheel    wheel and sdist in dist/'
 	@echo 'make clean    remove what make made, .venv included'
 
@@ -64,6 +68,22 @@ sizes:
 # one process a core, one file a process; each computes on one thread, so that they do not wait for each other
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# llama.cpp's converter lies in the source distribution of llama-cpp-python alone, so it is fetched beside the wheel
+test-clients: $(CLIENTS)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m clients $(PYTEST_ARGS)
+
+$(CLIENTS)/.installed: $(STAMP)
+	mkdir -p $(CLIENTS)
+	test -f $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP).tar.gz || $(BIN)/python -m pip download --quiet --no-deps \
+		--no-binary :all: --dest $(CLIENTS) llama_cpp_python==$(LLAMA_CPP)
+	tar -xzf $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(CLIENTS) --strip-components=2 \
+		$(addprefix llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	ls $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP)-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip wheel --quiet --no-deps \
+		--wheel-dir $(CLIENTS) $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP).tar.gz
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev,eval]' sentencepiece protobuf \
+		$(CLIENTS)/llama_cpp_python-$(LLAMA_CPP)-*.whl
+	@touch $@
 
 wheel: $(STAMP)
 	rm -rf dist

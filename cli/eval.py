@@ -1,8 +1,9 @@
-"""``modmoe eval``: loss, perplexity, bits per byte and speed of each task."""
+"""``modmoe eval``: loss, perplexity, bits per byte and speed of each task, or lm-eval's tasks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +15,32 @@ from modmoe.errors import RecipeError
 EPILOG = flags.examples(
     "modmoe eval ./tuned --task math=math-test.jsonl --task stories=stories-test.txt",
     "modmoe eval ./tuned --task math=math-test.jsonl --baseline ./dense --json",
+    "modmoe eval ./tuned --harness arc_easy,wikitext --limit 200 --baseline ./dense",
+    "modmoe eval ./tuned --harness my_task --harness-path ./my-tasks --expert math",
 )
 
 
 def evaluate(
+    context: typer.Context,
     source: flags.Source,
     task: flags.Task = None,
     baseline: Annotated[str | None, typer.Option(metavar="DENSE", help="The model to compare with.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Run these tasks of lm-eval, separated by commas.")
+    ] = None,
+    harness_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With --harness: a folder of task files (.yaml) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --harness: at most so many samples of each task.")] = None,
     tokens: Annotated[int, typer.Option(help="At most so many tokens of each task.")] = 32768,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
     expert: Annotated[
         str | None, typer.Option(metavar="NAME", help="Use this expert throughout; by default the task's own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that draws numbers.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything that draws numbers: 0, or lm-eval's own.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")] = "auto",
     trust_remote_code: flags.Trust = False,
     revision: flags.Revision = None,
@@ -35,16 +48,19 @@ def evaluate(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
 ) -> None:
-    """Measure a model on each task's text: loss, perplexity, bits per byte, tokens a second."""
+    """Measure a model on each task's text: loss, perplexity, bits per byte, tokens a second; or run lm-eval on it."""
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         tasks = flags.parse_tasks(task)
-        if tasks is None:
-            raise RecipeError("--task: no task is given; add --task NAME=FILE.")
+        names = None if harness is None else _names(harness)
+        if tasks is None and names is None:
+            raise RecipeError("--task: no task is given; add --task NAME=FILE, or --harness with lm-eval's tasks.")
+        _check_company(context, tasks is not None, names is not None)
         flags.choose("--device", device, ("auto", "cpu", "cuda"))
         for flag, number in {
             "--tokens": tokens,
             "--sequence-length": sequence_length,
             "--batch-size": batch_size,
+            "--limit": 1 if limit is None else limit,
         }.items():
             if number < 1:
                 raise RecipeError(f"{flag}: {number} is not above 0.")
@@ -60,6 +76,41 @@ def evaluate(
             expert=expert,
             seed=seed,
             revision=revision,
+            harness=names,
+            harness_path=harness_path,
+            limit=limit,
             progress=console.progress,
         )
-        console.finish(result, title=source)
+        console.finish(result, title=source, shown=result if names is None else _rows(result))
+
+
+def _names(harness: str) -> list[str]:
+    names = [name.strip() for name in harness.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise RecipeError(f"--harness: '{harness}' is not a list of different names separated by commas.")
+    return names
+
+
+def _check_company(context: typer.Context, is_text: bool, is_harness: bool) -> None:
+    """Raise RecipeError for a flag that the other kind of evaluation reads."""
+    if is_text and is_harness:
+        raise RecipeError("--harness: goes without --task; run the two one after another.")
+    others = ("tokens", "sequence_length") if is_harness else ("harness_path", "limit")
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            company = "goes with --task, not with --harness" if is_harness else "goes with --harness"
+            raise RecipeError(f"--{name.replace('_', '-')}: {company}; leave it out.")
+
+
+def _rows(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lm-eval's results as one table: a row for each metric of each task."""
+    rows = []
+    for task, found in result["tasks"].items():
+        for metric, numbers in found["metrics"].items():
+            row = {"task": task, "metric": metric, "value": numbers["value"], "stderr": numbers["stderr"]}
+            if "baseline" in result:
+                row["baseline"] = result["baseline"][task]["metrics"][metric]["value"]
+                row["difference"] = numbers["difference"]
+            rows.append({**row, "samples": found["samples"]})
+    return {"lm_eval": result["lm_eval"], "tasks": rows}

@@ -116,11 +116,11 @@ def evaluate_model(
         CalibrationError: a file cannot be read, or none of its tokens counts.
     """
     for name in tasks:
-        _expert_of(model, name, expert)  # before the first task has taken its time
+        expert_of(model, name, expert)  # before the first task has taken its time
     results = {}
     for name, file in tasks.items():
         rows = _draw(name, file, tokenizer, tokens, sequence_length, seed)
-        with _reading(model, _expert_of(model, name, expert)):
+        with reading(model, expert_of(model, name, expert)):
             report = None if progress is None else partial(progress, f"measuring {name}, tokens")
             results[name] = _measure(model, tokenizer, rows, batch_size, report)
     return results
@@ -139,7 +139,7 @@ def decode_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 64, 
     keys = ("input_ids", "attention_mask")
     arguments = {key: inputs[key] for key in keys if key in inputs}
     taken_s = []
-    with _reading(model, None), torch.no_grad():
+    with reading(model, None), torch.no_grad():
         model.generate(**arguments, **{**settings, "min_new_tokens": 1, "max_new_tokens": 1})
         for _ in range(repeats):
             start_s = _now(model)
@@ -148,18 +148,23 @@ def decode_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 64, 
     return new_tokens / statistics.median(taken_s)
 
 
-def _expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | None:
-    """Return the expert that reads a task, None where the model itself decides."""
-    if not isinstance(model, ModularMixin):
+def expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | None:
+    """Return the expert that reads a task, None where the model itself decides.
+
+    Raises:
+        RecipeError: the model has no such expert, or it is routed by task and has none for this one.
+    """
+    tied = _tied_in(model)
+    if tied is None:
         if expert is not None:
             raise RecipeError(f"--expert: '{expert}' is given, but the model is dense and has no experts.")
         return None
-    names = list(model.config.expert_names)
+    names = list(tied.config.expert_names)
     if expert is not None:
         if expert not in names:
             raise RecipeError(f"--expert: no expert '{expert}'.{did_you_mean(expert, names)}")
         return expert
-    if model.config.routing != "task" or (model.routing_state.expert is not None and task not in names):
+    if tied.config.routing != "task" or (tied.routing_state.expert is not None and task not in names):
         return None
     if task not in names:
         raise RecipeError(
@@ -170,19 +175,26 @@ def _expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | N
 
 
 @contextlib.contextmanager
-def _reading(model: Any, expert: str | None) -> Iterator[None]:
+def reading(model: Any, expert: str | None) -> Iterator[None]:
     """Put a model in evaluation mode, with one expert where it is named, and back as it was at the end."""
     was_training = model.training
     model.eval()
-    before = model.routing_state.expert if isinstance(model, ModularMixin) else None
-    if isinstance(model, ModularMixin) and expert is not None:
-        model.set_expert(expert)
+    tied = _tied_in(model)
+    before = None if tied is None else tied.routing_state.expert
+    if tied is not None and expert is not None:
+        tied.set_expert(expert)
     try:
         yield
     finally:
-        if isinstance(model, ModularMixin):
-            model.set_expert(before)
+        if tied is not None:
+            tied.set_expert(before)
         model.train(was_training)
+
+
+def _tied_in(model: Any) -> Any:
+    """Return the tied model itself, or the one that an adapter is attached to; None where there is none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base if isinstance(base, ModularMixin) else None
 
 
 def _draw(name: str, file: str, tokenizer: Any, tokens: int, sequence_length: int, seed: int) -> list[Row]:
