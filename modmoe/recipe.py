@@ -47,7 +47,7 @@ class AssignmentRecipe:
     """Which modules make up which expert."""
 
     method: str = "top_score"
-    """A name in modmoe.convert.ASSIGNMENTS."""
+    """A name in modmoe.convert.ASSIGNMENTS, or greedy, tokens or modules (see modmoe.convert.from_outputs)."""
     score: str = "wanda"
     """Importance of a module for a task: activation, wanda, taylor or output_norm."""
     num_experts: int | None = None
@@ -60,6 +60,8 @@ class AssignmentRecipe:
     """Modules that every expert has, counted in ``modules_per_expert``."""
     coverage: bool = False
     """Give every module to at least one expert, so that none is left out of the checkpoint."""
+    refit: bool = False
+    """Fit the down projections anew to the modules that are on, by least squares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from modmoe.analyze.partition import Partition
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions
 from modmoe.convert.assignment import Assignment
 from modmoe.convert.code import write_code
+from modmoe.convert.layerwise import LayerFit
 from modmoe.convert.modular import modular_plan
 from modmoe.convert.routers import RouterStart
 from modmoe.families import FAMILIES, layers_of, neurons_of
@@ -61,7 +62,8 @@ def write_tied(
         assignments.append(Assignment(drawn_EM, names))
         starts.append(_start(len(drawn_EM), width, recipe.router.kind, recipe.router.routing, means, draw))
     classes = dense_classes(dense, trust_remote_code=False)
-    plan = modular_plan(source, family, recipe, partitions, assignments, starts, classes, settings)
+    fits = [LayerFit(assignment, start) for assignment, start in zip(assignments, starts, strict=True)]
+    plan = modular_plan(source, family, recipe, partitions, fits, classes, settings)
     plan.check(source)
     tied = directory / "tied"
     tied.mkdir()

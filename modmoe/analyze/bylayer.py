@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from modmoe.analyze.stream import (
     my_turns,
     num_layers,
     run_body,
+    turns_of,
     watched,
 )
 from modmoe.checkpoint import Checkpoint
@@ -153,9 +155,9 @@ class ByLayer:
             )
         self._walk(my_turns(batches), on_input, on_hidden, on_output, on_layer, layers, progress)
 
-    def logits(self, batch: Batch, *, on_hidden: Watch | None = None) -> Tensor:
+    def logits(self, batch: Batch, *, on_hidden: Watch | None = None, on_down: Watch | None = None) -> Tensor:
         """See ``Runner``."""
-        states = self._walk([Turn(0, 0, batch)], None, on_hidden)
+        states = self._walk([Turn(0, 0, batch)], None, on_hidden, on_down=on_down)
         self._at, self._hidden_BTD = self.num_layers, states[0].to(self.device)
         with torch.no_grad():
             return logits_of(self.model, batch)
@@ -169,31 +171,45 @@ class ByLayer:
         on_layer: Callable[[int], None] | None = None,
         layers: int | None = None,
         progress: Callable[[int], None] | None = None,
+        on_down: Watch | None = None,
     ) -> list[Tensor]:
         """Run the layers one after the other and return each batch's hidden states, views of the file."""
         layers = layers or self.num_layers
         done, reported = 0, 0
+        for stage in self._stages(turns, layers):
+
+            def count(tokens: int) -> None:
+                nonlocal done, reported
+                # a layer is its share of the way: all layers of a token count as one token
+                done += tokens
+                if progress is not None:
+                    progress(done // layers - reported)
+                reported = done // layers
+
+            stage.run(
+                on_input=on_input,
+                on_hidden=on_hidden,
+                on_down=on_down,
+                on_output=on_output,
+                goes_on=True,
+                progress=count,
+            )
+            if on_layer is not None:
+                on_layer(stage.layer)
+        return stage.states
+
+    def stages(self, batches: Mapping[str, Sequence[Batch]]) -> Iterator[Stage]:
+        """Yield the decoder layers one after the other, each with its weights and with what the ones before it left.
+
+        The last run of each has to go on (see ``Stage.run``). Of several processes each runs its share.
+        """
+        return self._stages(my_turns(batches), self.num_layers, turns_of(batches))
+
+    def _stages(self, turns: Sequence[Turn], layers: int, all_turns: Sequence[Turn] = ()) -> Iterator[Stage]:
         states: list[Tensor] = []
         for layer in range(layers):
             with self._filled(layer), torch.no_grad():
-                for number, turn in enumerate(turns):
-                    # a copy, since products may round differently where their input is not aligned
-                    self._hidden_BTD = states[number].to(self.device, copy=True) if layer else None
-                    with watched(self.model, self.family, turn, on_input, on_hidden, layers=[layer]):
-                        hidden_BTD = self._step(layer, turn.batch)
-                    if on_output is not None:
-                        new = on_output(layer, hidden_BTD, turn)
-                        hidden_BTD = hidden_BTD if new is None else new
-                    states = states or self._open_file(turns, hidden_BTD)
-                    states[number].copy_(hidden_BTD)
-                    if progress is not None:
-                        # a layer is its share of the way: all layers of a token count as one token
-                        done += turn.batch.num_tokens
-                        progress(done // layers - reported)
-                        reported = done // layers
-            if on_layer is not None:
-                on_layer(layer)
-        return states
+                yield Stage(self, layer, turns, all_turns or turns, states)
 
     def _step(self, layer: int, batch: Batch) -> Tensor:
         """Return the output of the layer at hand; its input is what was kept, or the embedding's output."""
@@ -272,6 +288,52 @@ class ByLayer:
             ) from error
         parts = torch.split(flat, numbers)
         return [part.view(*turn.batch.input_ids_BT.shape, width) for part, turn in zip(parts, turns, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """One decoder layer of a model that runs layer by layer, and its inputs."""
+
+    runner: ByLayer
+    """Whose layer it is."""
+    layer: int
+    """Its number."""
+    turns: Sequence[Turn]
+    """The batches of this process."""
+    all_turns: Sequence[Turn]
+    """The batches of all processes."""
+    states: list[Tensor]
+    """Each batch's hidden states, views of one file; empty before the first layer."""
+
+    def run(
+        self,
+        *,
+        on_input: Watch | None = None,
+        on_hidden: Watch | None = None,
+        on_down: Watch | None = None,
+        on_output: Watch | None = None,
+        goes_on: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run every batch through the layer; see ``watched``.
+
+        With ``goes_on`` the outputs become the next layer's inputs, and this layer cannot run again.
+        """
+        runner = self.runner
+        for number, turn in enumerate(self.turns):
+            # a copy, since products may round differently where their input is not aligned
+            runner._hidden_BTD = self.states[number].to(runner.device, copy=True) if self.layer else None
+            with watched(runner.model, runner.family, turn, on_input, on_hidden, on_down=on_down, layers=[self.layer]):
+                hidden_BTD = runner._step(self.layer, turn.batch)
+            if on_output is not None:
+                new = on_output(self.layer, hidden_BTD, turn)
+                hidden_BTD = hidden_BTD if new is None else new
+            if goes_on:
+                if not self.states:
+                    self.states.extend(runner._open_file(self.turns, hidden_BTD))
+                self.states[number].copy_(hidden_BTD)
+            if progress is not None:
+                progress(turn.batch.num_tokens)
 
 
 class _Reached(Exception):  # noqa: N818 (it is no error)

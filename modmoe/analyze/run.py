@@ -159,7 +159,12 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
         )
     progress("tokenizing, tasks", len(source.texts), len(source.texts))
     clusters = recipe.assignment.num_experts
-    if len(batches) == 1 and clusters is not None and clusters > 1:
+    if (
+        recipe.assignment.method not in ("tokens", "modules")
+        and len(batches) == 1
+        and clusters is not None
+        and clusters > 1
+    ):
         report = counter(progress, "clustering sequences, tokens", sum(tokens_by_task(batches).values()))
         batches = cluster_sequences(runner, next(iter(batches.values())), clusters, recipe.seed, report)
     total = sum(tokens_by_task(batches).values())

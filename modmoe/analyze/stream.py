@@ -82,7 +82,7 @@ class Runner(Protocol):
         """
         ...
 
-    def logits(self, batch: Batch, *, on_hidden: Watch | None = None) -> Tensor:
+    def logits(self, batch: Batch, *, on_hidden: Watch | None = None, on_down: Watch | None = None) -> Tensor:
         """Return logits_BTV of one batch."""
         ...
 
@@ -118,9 +118,10 @@ class WholeModel:
             if on_layer is not None:
                 on_layer(layer)
 
-    def logits(self, batch: Batch, *, on_hidden: Watch | None = None) -> Tensor:
+    def logits(self, batch: Batch, *, on_hidden: Watch | None = None, on_down: Watch | None = None) -> Tensor:
         """See ``Runner``."""
-        with frozen(self.model), torch.no_grad(), watched(self.model, self.family, Turn(0, 0, batch), None, on_hidden):
+        hooks = watched(self.model, self.family, Turn(0, 0, batch), None, on_hidden, on_down=on_down)
+        with frozen(self.model), torch.no_grad(), hooks:
             return logits_of(self.model, batch)
 
 
@@ -183,9 +184,12 @@ def watched(
     on_hidden: Watch | None = None,
     on_output: Watch | None = None,
     *,
+    on_down: Watch | None = None,
     layers: Iterable[int] | None = None,
 ) -> Iterator[None]:
     """Hand out each FFN's input x, its activations h and each layer's output; hooks are gone at the end.
+
+    ``on_down`` gets h as well, once the down projection has run, and may return another output of it.
 
     h is the input of the down projection. Some families flatten the tokens before the FFN: x and h are [B, T, X] or
     [B * T, X]. ``layers`` None watches all layers.
@@ -210,6 +214,9 @@ def watched(
 
         return hook
 
+    def instead(watch: Watch, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        return lambda _, args, output: watch(layer, args[0], turn)
+
     handles = []
     try:
         for layer in range(num_layers(model, family)) if layers is None else layers:
@@ -218,6 +225,9 @@ def watched(
                 if watch is not None:
                     submodule = model.get_submodule(f"{place}.{path}")
                     handles.append(submodule.register_forward_pre_hook(before(watch, layer), with_kwargs=True))
+            if on_down is not None:
+                down = model.get_submodule(f"{place}.{family.down}")
+                handles.append(down.register_forward_hook(instead(on_down, layer)))
             if on_output is not None:
                 handles.append(model.get_submodule(place).register_forward_hook(behind(on_output, layer)))
         yield

@@ -126,7 +126,7 @@ def assign_top_score(
     )
     own_EQ = torch.zeros(len(expert_names), len(own), dtype=torch.bool).scatter_(1, best_EQ, True)
     if coverage:
-        own_EQ = _cover(scores_PM[:, own], own_EQ)
+        own_EQ = cover(scores_PM[:, own], own_EQ)
     membership_EM[:, own] = own_EQ
     last_EQ = torch.where(own_EQ, scores_PM[:, own], -torch.inf)
     ranked_EQ = own[last_EQ.sort(dim=1, descending=True, stable=True).indices]
@@ -233,7 +233,7 @@ def _reverse_pieces(path: list[int], distance_UU: np.ndarray) -> list[int]:
     return [int(node) for node in nodes]
 
 
-def _cover(scores_EQ: Tensor, own_EQ: Tensor) -> Tensor:
+def cover(scores_EQ: Tensor, own_EQ: Tensor) -> Tensor:
     """Give each module that nobody has to an expert, at the least total loss of score; experts keep their size.
 
     An expert that takes a module gives up another; if nobody has that one now, some expert takes it, and so on, until

@@ -6,6 +6,7 @@ from modmoe.analyze.partition import find_partitioner
 from modmoe.analyze.score import SCORES
 from modmoe.convert.assignment import ASSIGNMENTS
 from modmoe.convert.experts import SCORES as EXPERT_SCORES
+from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
 from modmoe.convert.run import METHODS, check_experts
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.families import family_of
@@ -20,7 +21,7 @@ def check_recipe(recipe: Recipe) -> None:
     find_partitioner(recipe.partition.method)
     for place, name, known in (
         ("method", recipe.method, METHODS),
-        ("assignment.method", recipe.assignment.method, tuple(ASSIGNMENTS)),
+        ("assignment.method", recipe.assignment.method, (*ASSIGNMENTS, *OUTPUT_ASSIGNMENTS)),
         ("assignment.score", recipe.assignment.score, tuple(SCORES)),
         ("experts.score", recipe.experts.score, tuple(EXPERT_SCORES)),
     ):

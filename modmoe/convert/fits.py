@@ -83,6 +83,38 @@ def fit_mlp(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int, seed: i
     return hidden_HD.detach() / spread, output_EH.detach()
 
 
+def fit_values(x_ND: Tensor, value_NE: Tensor, kind: str, seed: int) -> tuple[Tensor, ...]:
+    """Return weight_ED, or hidden_HD and output_EH, whose outputs are nearest to the values, up to one scale.
+
+    A linear router by ridge regression, one of two layers by gradient descent.
+    """
+    value_NE = value_NE / value_NE.mean().clamp_min(1e-30)
+    if kind == "linear":
+        wide_ND = x_ND.double()
+        gram_DD = wide_ND.T @ wide_ND
+        ridge = 1e-3 * gram_DD.diagonal().mean().clamp_min(1e-12)
+        regular_DD = gram_DD + ridge * torch.eye(len(gram_DD), dtype=torch.float64)
+        solved_DE: Tensor = torch.linalg.solve(regular_DD, wide_ND.T @ value_NE.double())
+        return (solved_DE.T.float(),)
+    experts, width = value_NE.shape[1], x_ND.shape[1]
+    draw = torch.Generator().manual_seed(seed)
+    spread = x_ND.square().mean().sqrt().clamp_min(1e-12)
+    scaled_ND = x_ND / spread
+    hidden_HD = (torch.randn(hidden_width(experts), width, generator=draw) / width**0.5).requires_grad_()
+    output_EH = (torch.randn(experts, len(hidden_HD), generator=draw) / len(hidden_HD) ** 0.5).requires_grad_()
+    optimizer = torch.optim.AdamW([hidden_HD, output_EH], lr=5e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * _MLP_STEPS)
+    with torch.enable_grad():
+        for _ in range(2 * _MLP_STEPS):
+            batch_N = torch.randint(len(x_ND), (min(512, len(x_ND)),), generator=draw)
+            found_NE = (scaled_ND[batch_N] @ hidden_HD.T).relu() @ output_EH.T
+            optimizer.zero_grad()
+            F.mse_loss(found_NE, value_NE[batch_N]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return hidden_HD.detach() / spread, output_EH.detach()
+
+
 def hidden_width(experts: int) -> int:
     """Return the width H of an mlp router's first layer."""
     return max(16, 4 * experts)

@@ -24,6 +24,7 @@ import modmoe
 from modmoe.analyze.partition import Partition
 from modmoe.checkpoint import Checkpoint
 from modmoe.convert.assignment import Assignment, seriate
+from modmoe.convert.layerwise import LayerFit
 from modmoe.convert.plan import Const, Copy, Op, Plan, Take
 from modmoe.convert.routers import RouterStart
 from modmoe.families import Family, neurons_of
@@ -36,8 +37,7 @@ def modular_plan(
     family: Family,
     recipe: Recipe,
     partitions: Sequence[Partition],
-    assignments: Sequence[Assignment],
-    starts: Sequence[RouterStart],
+    fits: Sequence[LayerFit],
     classes: DenseClasses,
     settings: Mapping[str, Any],
 ) -> Plan:
@@ -48,32 +48,58 @@ def modular_plan(
         family: its row.
         recipe: what was asked for.
         partitions: one a layer.
-        assignments: one a layer, over the partition's modules.
-        starts: one a layer, the routers to begin with.
+        fits: one a layer: the experts over the partition's modules, the router to begin with, and repairs.
         classes: the dense architecture's.
         settings: the dense configuration with its defaults filled in; config.json may leave them out.
     """
-    orders = [seriate(assignment.membership_EM) for assignment in assignments]
+    orders = [seriate(fit.assignment.membership_EM) for fit in fits]
     ops: dict[str, Op] = {}
     replaced: set[str] = set()
-    for layer, (partition, assignment, start, order_S) in enumerate(
-        zip(partitions, assignments, starts, orders, strict=True)
-    ):
+    dropped: set[str] = set()
+    has_constant = leaves_constant(fits)
+    for layer, (partition, fit, order_S) in enumerate(zip(partitions, fits, orders, strict=True)):
+        assignment, start = fit.assignment, fit.start
         made = _layer_ops(source, family, layer, partition, order_S)
         replaced.update(name for op in made.values() for name in op.inputs)
         target = f"{family.layers}.{layer}.{family.ffn}"
+        down = f"{family.layers}.{layer}.{family.down}"
+        dtype = source.dtype(f"{down}.weight")
+        if has_constant:
+            bias_D = left_out_D(fit, source.get(f"{down}.bias"))
+            assert bias_D is not None
+            dropped.update([f"{down}.bias"] if f"{down}.bias" in source else [])
+            made[f"{target}.down_proj.bias"] = Const(bias_D.to(dtype))
+        if fit.down_DF is not None:
+            dropped.update(made[f"{target}.down_proj.weight"].inputs)
+            made[f"{target}.down_proj.weight"] = Const(fit.down_DF[:, neuron_order(partition, order_S)].to(dtype))
         made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
         # int32, since collectives that bring buffers to other processes know no int16
         place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
         place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
         made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
-        made.update(_router_ops(target, start, order_S, source.dtype(f"{family.layers}.{layer}.{family.down}.weight")))
+        made.update(_router_ops(target, start, order_S, dtype))
         ops.update(made)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
-    config.update(_fields(source, family, recipe, partitions[0], assignments[0], starts[0], classes, settings))
+    config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
+    config["adds_down_bias"] = has_constant and "down" not in config["ffn_biases"]
+    if config["adds_down_bias"]:
+        config["ffn_biases"].append("down")
     config["stored_modules"] = [len(order_S) for order_S in orders]
-    return Plan(config, {**kept, **ops})
+    return Plan(config, {**kept, **ops}, frozenset(dropped))
+
+
+def leaves_constant(fits: Sequence[LayerFit]) -> bool:
+    """Whether there are means of modules that no expert has: then each layer's ``down`` has a bias, and they in it."""
+    return fits[0].start.means_MD is not None and not all(bool(fit.assignment.used_M.all()) for fit in fits)
+
+
+def left_out_D(fit: LayerFit, bias_D: Tensor | None) -> Tensor | None:
+    """Return ``down``'s bias, float32, with what makes up for modules that no expert has; None where there is none."""
+    if fit.start.means_MD is None:
+        return bias_D
+    constant_D = fit.start.means_MD[~fit.assignment.used_M].sum(0)
+    return constant_D if bias_D is None else constant_D + bias_D.float().cpu()
 
 
 def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:

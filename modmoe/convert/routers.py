@@ -35,7 +35,8 @@ from modmoe.analyze.calibration import Batch
 from modmoe.analyze.modules import Partition
 from modmoe.analyze.stream import Runner, Turn, count_tokens, draw_positions, starts_of, turns_of
 from modmoe.convert.assignment import Assignment
-from modmoe.convert.fits import centroids, fit_logistic, fit_mlp, fit_ridge, hidden_width, soften
+from modmoe.convert.fits import centroids, fit_logistic, fit_mlp, fit_ridge, fit_values, hidden_width, soften
+from modmoe.convert.outputs import ModuleOutputs
 from modmoe.ffn import FFNWeights
 from modmoe.recipe import RouterRecipe
 
@@ -120,6 +121,64 @@ def _blank(width: int, experts: int, kind: str) -> RouterStart:
     else:
         tensors = {"weight_ED": torch.zeros(experts, width)}
     return RouterStart(**tensors, agreement=0.0, chance=0.0, recovered=0.0)
+
+
+def fit_router(
+    x_ND: Tensor,
+    outputs: ModuleOutputs,
+    sequence_N: Tensor,
+    weights: FFNWeights,
+    assignment: Assignment,
+    partition: Partition,
+    router: RouterRecipe,
+    seed: int,
+) -> RouterStart:
+    """Return the router of one layer, fitted to the rows whose module outputs are known.
+
+    Where several experts are chosen at once the best single one says little: the router then learns how much each
+    expert's own modules put out, on the scale of the root.
+    """
+    member_EM = assignment.membership_EM
+    if router.top_k == 1 or router.combine == "sum":
+        return _fit(x_ND, outputs.errors_NE(member_EM), sequence_N, weights, assignment, partition, router, seed)
+    own_EM = (member_EM & ~member_EM.all(0)).float()
+    value_NE = (outputs.value_NM() @ own_EM.T).sqrt()
+    fit_N, held_N = _hold_out(sequence_N, seed)
+    fitted = fit_values(x_ND[fit_N], value_NE[fit_N], router.kind, seed)
+    start = (
+        RouterStart(weight_ED=fitted[0]) if len(fitted) == 1 else RouterStart(hidden_HD=fitted[0], output_EH=fitted[1])
+    )
+    logits_NE = route(start, x_ND[held_N])
+    top_k = router.top_k
+    chosen_NK, best_NK = logits_NE.topk(top_k, 1).indices, value_NE[held_N].topk(top_k, 1).indices
+    one_NK = value_NE[fit_N].square().mean(0).topk(top_k).indices.expand_as(chosen_NK)
+    gram_NMM = outputs.gram_NMM[held_N]
+    error = [_union_error(gram_NMM, member_EM, ids_NK) for ids_NK in (chosen_NK, best_NK, one_NK)]
+    return replace(
+        start,
+        agreement=_same(chosen_NK, best_NK),
+        chance=_same(one_NK, best_NK),
+        recovered=(error[2] - error[0]) / (error[2] - error[1]) if error[2] > error[1] else 1.0,
+    )
+
+
+def _union_error(gram_NMM: Tensor, member_EM: Tensor, ids_NK: Tensor) -> float:
+    skipped_NM = 1 - member_EM[ids_NK].any(1).to(gram_NMM.dtype)
+    return float(torch.einsum("nij,ni,nj->n", gram_NMM, skipped_NM, skipped_NM).double().sum())
+
+
+def _same(one_NK: Tensor, two_NK: Tensor) -> float:
+    """Return the share of choices that are among the others."""
+    return float((one_NK.unsqueeze(2) == two_NK.unsqueeze(1)).any(2).float().mean())
+
+
+def _hold_out(sequence_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the rows to fit and those to judge by: a fifth of the sequences, whole, since rows of one are alike."""
+    names = torch.unique(sequence_N)
+    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
+    is_held_N = torch.isin(sequence_N, names[: len(names) // 5])
+    fit_N = torch.nonzero(~is_held_N).flatten()
+    return fit_N, torch.nonzero(is_held_N).flatten() if bool(is_held_N.any()) else fit_N
 
 
 def route(start: RouterStart, x_ND: Tensor) -> Tensor:
@@ -235,12 +294,7 @@ def _fit(
     """Fit on four fifths of the sequences, choose the scale, and judge the router on the last fifth."""
     experts = error_NE.shape[1]
     best_N = error_NE.argmin(1)
-    # rows of one sequence are alike, so a sequence is kept out as a whole
-    names = torch.unique(sequence_N)
-    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
-    is_held_N = torch.isin(sequence_N, names[: len(names) // 5])
-    fit_N = torch.nonzero(~is_held_N).flatten()
-    held_N = torch.nonzero(is_held_N).flatten() if bool(is_held_N.any()) else fit_N
+    fit_N, held_N = _hold_out(sequence_N, seed)
     two_NK = error_NE.topk(min(2, experts), dim=1, largest=False).values
     # the root: a few tokens have nearly all of the error and would decide alone
     stake_N = (two_NK[:, -1] - two_NK[:, 0]).sqrt()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from modmoe.analyze import ranks
-from modmoe.analyze.bylayer import ByLayer, fits, model_bytes, open_model
-from modmoe.analyze.calibration import Batch
+from modmoe.analyze.bylayer import ByLayer
 from modmoe.analyze.run import (
     Analysis,
     Progress,
@@ -29,19 +28,21 @@ from modmoe.analyze.run import (
     silent,
     tokens_by_task,
 )
-from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, write_json
+from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
 from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.code import write_code
-from modmoe.convert.modular import modular_plan, neuron_order
+from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
+from modmoe.convert.layerwise import LayerFit, fit_layers
+from modmoe.convert.modular import modular_plan
+from modmoe.convert.outputs import ModuleOutputs
+from modmoe.convert.proof import verify_all_on
 from modmoe.convert.routers import RouterStart, start_routers
-from modmoe.errors import PartitionError, PlanError, RecipeError, did_you_mean
+from modmoe.errors import PartitionError, RecipeError, did_you_mean
 from modmoe.inspection import inspect
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
 METHODS = ("modular", "experts", "adapters")
-# above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
-_FLOAT64_PARAMETERS = 200_000_000
 
 
 @ranks.joined()
@@ -72,26 +73,24 @@ def convert(
     if recipe.method not in METHODS:
         raise RecipeError(f"method: no method '{recipe.method}'.{did_you_mean(recipe.method, METHODS)}")
     check_output(output, overwrite=overwrite)
+    recipe = settle(recipe)
     check_experts(recipe)
     source = open_source(recipe, revision, progress)
     if dry_run:
         return plan_costs(recipe, source)
     with ranks.open_first_output(output, overwrite=overwrite) as directory:
         analysis = analyze_source(recipe, source, progress, directory)
-        assignments = make_assignments(recipe, analysis)
-        starts = _start_routers(recipe, analysis, assignments, progress)
+        if fits_layerwise(recipe):
+            fits = _fit_layerwise(recipe, analysis, directory, progress)
+        else:
+            assignments = make_assignments(recipe, analysis)
+            starts = _start_routers(recipe, analysis, assignments, progress)
+            fits = [LayerFit(assignment, start) for assignment, start in zip(assignments, starts, strict=True)]
         if not ranks.is_first():
             return {"output": str(output)}
         checkpoint = source.checkpoint
         plan = modular_plan(
-            checkpoint,
-            source.family,
-            recipe,
-            analysis.partitions,
-            assignments,
-            starts,
-            source.classes,
-            source.settings,
+            checkpoint, source.family, recipe, analysis.partitions, fits, source.classes, source.settings
         )
         plan.check(checkpoint)
         writer = CheckpointWriter(directory, report=partial(progress, "writing, bytes"))
@@ -105,21 +104,21 @@ def convert(
         verified = verify_all_on(
             directory,
             analysis,
-            assignments,
+            fits,
             trust_remote_code=recipe.trust_remote_code,
             report=partial(progress, "verifying, models"),
         )
         result = {
             **inspect(str(directory)),
             "output": str(output),
-            "routers": [{"agreement": start.agreement, "chance": start.chance} for start in starts],
+            "routers": [{"agreement": fit.start.agreement, "chance": fit.start.chance} for fit in fits],
             "verified": verified,
         }
         if report is not None:
             from modmoe.analyze.report import write_report
 
             progress("writing the report")
-            write_report(Path(report), recipe, analysis, assignments=assignments, summary=result)
+            write_report(Path(report), recipe, analysis, assignments=[fit.assignment for fit in fits], summary=result)
         progress("putting it on the disk")
     result["seconds"] = round(time.monotonic() - started_s, 2)
     result["peak_rss_bytes"] = peak_rss_bytes()
@@ -131,9 +130,14 @@ def check_experts(recipe: Recipe) -> None:
     wanted, modules = recipe.assignment, recipe.partition.num_modules
     tasks, experts = len(recipe.tasks), count_experts(recipe)
     per_expert = modules_per_expert(recipe)
-    if wanted.method not in ASSIGNMENTS:
-        raise RecipeError(f"assignment.method: no method '{wanted.method}'.{did_you_mean(wanted.method, ASSIGNMENTS)}")
-    if tasks > 1 and experts != tasks:
+    methods = (*ASSIGNMENTS, *OUTPUT_ASSIGNMENTS)
+    if wanted.method not in methods:
+        raise RecipeError(f"assignment.method: no method '{wanted.method}'.{did_you_mean(wanted.method, methods)}")
+    if fits_layerwise(recipe) and recipe.router.routing == "sequence":
+        raise RecipeError("router.routing: sequence does not go with this assignment or refit; use token or task.")
+    if wanted.method in ("tokens", "modules") and recipe.router.routing == "task":
+        raise RecipeError(f"router.routing: with assignment '{wanted.method}' experts are no tasks; use token.")
+    if wanted.method not in ("tokens", "modules") and tasks > 1 and experts != tasks:
         raise PartitionError(
             f"assignment.num_experts: {experts} experts for {tasks} tasks; leave it out (one a task), or name one task "
             "to have its sequences clustered."
@@ -150,15 +154,76 @@ def check_experts(recipe: Recipe) -> None:
         raise RecipeError(f"router.top_k: {recipe.router.top_k} is more than the {experts} experts there are.")
 
 
+def settle(recipe: Recipe) -> Recipe:
+    """Return the recipe with what follows from it: where the router chooses modules, how many it chooses."""
+    wanted = recipe.assignment
+    if wanted.method != "modules":
+        return recipe
+    active = wanted.modules_per_expert or max(1, round(wanted.active_fraction * recipe.partition.num_modules))
+    chosen = active - wanted.shared_modules
+    if chosen < 1:
+        raise PartitionError(
+            f"assignment.shared_modules: {wanted.shared_modules} leave nothing to choose of {active} active modules."
+        )
+    return replace(recipe, router=replace(recipe.router, top_k=chosen))
+
+
 def count_experts(recipe: Recipe) -> int:
     """Return the number of experts: as asked, else one a task."""
+    if recipe.assignment.method == "modules":
+        return recipe.partition.num_modules - recipe.assignment.shared_modules
     return recipe.assignment.num_experts or len(recipe.tasks)
 
 
 def modules_per_expert(recipe: Recipe) -> int:
     """Return the modules of an expert: as asked, else the fraction of all, at least one."""
     asked = recipe.assignment.modules_per_expert
+    if recipe.assignment.method == "modules":
+        return recipe.assignment.shared_modules + 1
     return asked or max(1, round(recipe.assignment.active_fraction * recipe.partition.num_modules))
+
+
+def fits_layerwise(recipe: Recipe) -> bool:
+    """Whether experts are chosen layer after layer, from what modules put out."""
+    return recipe.assignment.method in OUTPUT_ASSIGNMENTS or recipe.assignment.refit
+
+
+def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: Progress) -> list[LayerFit]:
+    source, names = analysis.source, tuple(analysis.batches)
+    runner = analysis.runner
+    if not isinstance(runner, ByLayer):
+        runner = ByLayer(
+            source.checkpoint,
+            source.family,
+            device=next(runner.model.parameters()).device,
+            scratch=scratch,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    wanted = recipe.assignment
+
+    def assign(layer: int, outputs: ModuleOutputs) -> Assignment:
+        if wanted.method in ASSIGNMENTS:
+            return make_assignments(recipe, analysis)[layer]
+        return OUTPUT_ASSIGNMENTS[wanted.method](
+            outputs,
+            names,
+            num_experts=count_experts(recipe),
+            modules_per_expert=modules_per_expert(recipe),
+            shared_modules=wanted.shared_modules,
+            coverage=wanted.coverage,
+            seed=recipe.seed,
+        )
+
+    total = sum(tokens_by_task(analysis.batches).values())
+    return fit_layers(
+        runner,
+        analysis.batches,
+        analysis.ffns,
+        analysis.partitions,
+        assign,
+        recipe,
+        counter(progress, "fitting layers, tokens", total),
+    )
 
 
 def make_assignments(recipe: Recipe, analysis: Analysis) -> list[Assignment]:
@@ -228,62 +293,6 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
         # a forward pass is two operations a parameter and token, and routers take a second one
         "calibration_flops": 2 * dense * tokens * 2,
         "tensors": len(checkpoint),
-    }
-
-
-def verify_all_on(
-    directory: Path,
-    analysis: Analysis,
-    assignments: list[Assignment],
-    *,
-    trust_remote_code: bool,
-    report: Callable[[int, int], None] = silent,
-) -> dict[str, Any]:
-    """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
-
-    Where modules were left out, their neurons are silent in the dense model for the comparison. Both run layer by layer
-    where the analysis did, or where a copy in the precision of the comparison would not fit. ``report`` is called with
-    the models run and the models in all.
-    """
-    source, device = analysis.source.checkpoint, torch.device("cpu")
-    small = sum(parameter.numel() for parameter in analysis.runner.model.parameters()) <= _FLOAT64_PARAMETERS
-    dtype = torch.float64 if small else torch.float32
-    batch = next(iter(analysis.batches.values()))[0]
-    rows = Batch(batch.input_ids_BT[:2], batch.attention_mask_BT[:2])
-    options: dict[str, Any] = {
-        "by_layer": isinstance(analysis.runner, ByLayer) or not fits(model_bytes(source, dtype), device),
-        "device": device,
-        "scratch": directory,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-    }
-    report(0, 2)
-    tied: Any = open_model(Checkpoint(directory), analysis.source.family, **options)
-    with tied.model.all_modules():
-        found = tied.logits(rows)
-    del tied
-    report(1, 2)
-    unused = [
-        neuron_order(partition, (~assignment.used_M).nonzero().squeeze(-1))
-        for partition, assignment in zip(analysis.partitions, assignments, strict=True)
-    ]
-    dense = open_model(source, analysis.source.family, **options)
-    wanted = dense.logits(rows, on_hidden=lambda layer, hidden, _: hidden.index_fill(-1, unused[layer], 0))
-    report(2, 2)
-    left_out = sum(int((~assignment.used_M).sum()) for assignment in assignments)
-    counted = rows.attention_mask_BT.bool()
-    difference = float((found - wanted)[counted].abs().max())
-    scale = float(wanted[counted].abs().max())
-    limit = (1e-8 if small else 1e-3) * max(scale, 1.0)
-    if not difference <= limit:
-        raise PlanError(
-            f"{directory}: with all modules on the logits differ from the dense model's by {difference:.3g}."
-        )
-    return {
-        "max_abs_logit_diff_all_on": difference,
-        "dtype": str(dtype).removeprefix("torch."),
-        "modules_left_out": left_out,
-        "max_abs_logit": scale,
     }
 
 

@@ -57,6 +57,8 @@ class ModularFields:
     """Whether the FFN has a gate projection."""
     ffn_biases: list[str] = field(default_factory=list)
     """Which of gate, up and down have a bias."""
+    adds_down_bias: bool = False
+    """Whether the bias of down holds nothing but the means of modules that were left out."""
     ffn_activation: str = "silu"
     """Name of the activation function in transformers."""
     ffn_dropout: float = 0.0

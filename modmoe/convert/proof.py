@@ -1,0 +1,93 @@
+"""The proof of a conversion: with all modules on, the checkpoint that was written is the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modmoe.analyze.bylayer import ByLayer, model_bytes, open_model
+from modmoe.analyze.bylayer import fits as has_room
+from modmoe.analyze.calibration import Batch
+from modmoe.analyze.run import Analysis, silent
+from modmoe.analyze.stream import Turn
+from modmoe.checkpoint import Checkpoint
+from modmoe.convert.layerwise import LayerFit
+from modmoe.convert.modular import leaves_constant, left_out_D, neuron_order
+from modmoe.errors import PlanError
+
+# above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
+_FLOAT64_PARAMETERS = 200_000_000
+
+
+def verify_all_on(
+    directory: Path,
+    analysis: Analysis,
+    fits: Sequence[LayerFit],
+    *,
+    trust_remote_code: bool,
+    report: Callable[[int, int], None] = silent,
+) -> dict[str, Any]:
+    """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
+
+    Where modules were left out, their neurons are silent in the dense model for the comparison, and where ``down`` was
+    fitted anew or has what makes up for them, so it has there. Both run layer by layer
+    where the analysis did, or where a copy in the precision of the comparison would not fit. ``report`` is called with
+    the models run and the models in all.
+    """
+    source, family, device = analysis.source.checkpoint, analysis.source.family, torch.device("cpu")
+    small = sum(parameter.numel() for parameter in analysis.runner.model.parameters()) <= _FLOAT64_PARAMETERS
+    dtype = torch.float64 if small else torch.float32
+    batch = next(iter(analysis.batches.values()))[0]
+    rows = Batch(batch.input_ids_BT[:2], batch.attention_mask_BT[:2])
+    options: dict[str, Any] = {
+        "by_layer": isinstance(analysis.runner, ByLayer) or not has_room(model_bytes(source, dtype), device),
+        "device": device,
+        "scratch": directory,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    report(0, 2)
+    tied: Any = open_model(Checkpoint(directory), analysis.source.family, **options)
+    with tied.model.all_modules():
+        found = tied.logits(rows)
+    del tied
+    report(1, 2)
+    unused = [
+        neuron_order(partition, (~fit.assignment.used_M).nonzero().squeeze(-1))
+        for partition, fit in zip(analysis.partitions, fits, strict=True)
+    ]
+    dense = open_model(source, analysis.source.family, **options)
+
+    def without(layer: int, hidden: Tensor, _: Turn) -> Tensor:
+        return hidden.index_fill(-1, unused[layer], 0)
+
+    def repaired(layer: int, hidden: Tensor, _: Turn) -> Tensor:
+        # as both were rounded when they were written
+        dtype, ffn = source.dtype(f"{family.layers}.{layer}.{family.down}.weight"), analysis.ffns[layer]
+        down_DF = ffn.down_DF if fits[layer].down_DF is None else fits[layer].down_DF.to(dtype)
+        bias_D = left_out_D(fits[layer], ffn.down_bias_D)
+        y = hidden @ down_DF.to(hidden).T
+        return y if bias_D is None else y + bias_D.to(dtype).to(hidden)
+
+    is_repaired = fits[0].down_DF is not None or leaves_constant(fits)
+    wanted = dense.logits(rows, on_hidden=without, on_down=repaired if is_repaired else None)
+    report(2, 2)
+    left_out = sum(int((~fit.assignment.used_M).sum()) for fit in fits)
+    counted = rows.attention_mask_BT.bool()
+    difference = float((found - wanted)[counted].abs().max())
+    scale = float(wanted[counted].abs().max())
+    limit = (1e-8 if small else 1e-3) * max(scale, 1.0)
+    if not difference <= limit:
+        raise PlanError(
+            f"{directory}: with all modules on the logits differ from the dense model's by {difference:.3g}."
+        )
+    return {
+        "max_abs_logit_diff_all_on": difference,
+        "dtype": str(dtype).removeprefix("torch."),
+        "modules_left_out": left_out,
+        "max_abs_logit": scale,
+    }

@@ -1,0 +1,169 @@
+"""Layers fitted one after the other: each to what the converted model really gives it, and repaired where it is."""
+
+# Shapes: T tokens, N rows, D model width, F neurons, M modules
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modmoe.analyze.stream import Turn, WholeModel, watched
+from modmoe.checkpoint import Checkpoint
+from modmoe.convert import layerwise
+from modmoe.convert.layerwise import LayerFit, Rows, coefficients_TM
+from modmoe.convert.run import convert
+from modmoe.errors import ModmoeError
+from modmoe.families import FAMILIES
+from modmoe.loading import load
+from modmoe.recipe import Recipe, make_recipe
+from tests.tiny import save_dense, write_tasks
+
+METHODS = ("top_score", "greedy", "tokens", "modules")
+
+
+def settings(tmp_path: Path, model_type: str, **more: Any) -> Recipe:
+    return make_recipe(
+        {
+            "source": str(save_dense(tmp_path / "dense", model_type)),
+            "tasks": write_tasks(tmp_path / "tasks"),
+            "partition.num_modules": 8,
+            "assignment.method": "greedy",
+            "assignment.refit": True,
+            "assignment.shared_modules": 1,
+            "router.compensation": True,
+            "calibration.tokens": 300,
+            "calibration.sequence_length": 16,
+            **({"assignment.num_experts": 5} if more.get("assignment.method") == "tokens" else {}),
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what a conversion read: the rows of each layer, its batches, its weights and what it fitted."""
+    found: dict[str, Any] = {"rows": []}
+    collect, fit = layerwise.collect_rows, layerwise.fit_layers
+
+    def collecting(*args: Any) -> Rows:
+        found["rows"].append(collect(*args))
+        return found["rows"][-1]
+
+    def fitting(runner: Any, batches: Any, ffns: Any, partitions: Any, *args: Any) -> list[LayerFit]:
+        found.update(batches=batches, ffns=ffns, partitions=partitions)
+        found["fits"] = fit(runner, batches, ffns, partitions, *args)
+        return found["fits"]
+
+    monkeypatch.setattr(layerwise, "collect_rows", collecting)
+    monkeypatch.setattr("modmoe.convert.run.fit_layers", fitting)
+    return found
+
+
+CASES = [
+    *(("llama", {"assignment.method": method}) for method in METHODS),
+    *((model_type, {"assignment.method": "modules"}) for model_type in ("gpt2", "opt", "gemma2", "phi3")),
+    ("llama", {"router.routing": "task"}),
+    ("llama", {"router.top_k": 2, "router.combine": "sum"}),
+    ("qwen2", {"router.kind": "mlp", "assignment.refit": False}),
+    ("llama", {"router.compensation": False}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "more"), CASES)
+def test_a_layer_is_fitted_to_what_the_converted_model_gives_it(
+    tmp_path: Path, seen: dict[str, Any], model_type: str, more: dict[str, Any]
+) -> None:
+    result = convert(settings(tmp_path, model_type, **more), str(tmp_path / "out"))
+    assert result["verified"]["max_abs_logit_diff_all_on"] <= 1e-8
+    model = load(str(tmp_path / "out"), device="cpu")
+    family, found = FAMILIES[model_type], []
+    for task, batches in enumerate(seen["batches"].values()):
+        if more.get("router.routing") == "task":
+            model.set_expert(task)
+        for batch in batches:
+
+            def keep(_: int, x: Tensor, turn: Turn) -> None:
+                found.append(turn.real_rows(x.detach()))
+
+            with torch.no_grad(), watched(model, family, Turn(0, task, batch), keep, layers=[1]):
+                model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT)
+    torch.testing.assert_close(seen["rows"][1].x_ND, torch.cat(found), rtol=2e-3, atol=2e-3)
+    dense = WholeModel(load(str(tmp_path / "dense"), device="cpu"), family)
+    apart: list[Tensor] = []
+    dense.run(seen["batches"], on_input=lambda layer, x, turn: apart.append(turn.real_rows(x)) if layer == 1 else None)
+    assert float((torch.cat(apart) - torch.cat(found)).abs().max()) > 0.05
+
+
+def hidden_and_missing(recipe: Recipe, seen: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the first layer's kept activations, what is missing of its output, and what each row skips and has."""
+    rows, fit, module_F = seen["rows"][0], seen["fits"][0], seen["partitions"][0].module_F
+    coefficient_NM = torch.cat(
+        [
+            coefficients_TM(fit, x_D.unsqueeze(0), int(task), recipe)
+            for x_D, task in zip(rows.x_ND, rows.task_N, strict=True)
+        ]
+    )
+    kept_NF = rows.hidden_NF * coefficient_NM[:, module_F]
+    missing_ND = (rows.hidden_NF - kept_NF) @ seen["ffns"][0].down_DF.float().T
+    return kept_NF, missing_ND, (coefficient_NM == 0).float(), rows.hidden_NF
+
+
+@pytest.mark.parametrize("method", ["greedy", "modules"])
+def test_means_are_those_of_what_is_skipped(tmp_path: Path, seen: dict[str, Any], method: str) -> None:
+    recipe = settings(tmp_path, "llama", **{"assignment.method": method, "assignment.refit": False})
+    convert(recipe, str(tmp_path / "out"))
+    from modmoe.convert.run import settle
+
+    _, _, skipped_NM, hidden_NF = hidden_and_missing(settle(recipe), seen)
+    down_DF, module_F = seen["ffns"][0].down_DF, seen["partitions"][0].module_F
+    for module in range(8):
+        skipping = skipped_NM[:, module].bool()
+        outputs_ND = hidden_NF[skipping][:, module_F == module] @ down_DF[:, module_F == module].T
+        wanted_D = outputs_ND.mean(0) if bool(skipping.any()) else torch.zeros(len(down_DF))
+        torch.testing.assert_close(seen["fits"][0].start.means_MD[module], wanted_D, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+def test_refit_is_the_least_squares_solution(tmp_path: Path, seen: dict[str, Any], compensation: bool) -> None:
+    recipe = settings(tmp_path, "llama", **{"router.compensation": compensation})
+    convert(recipe, str(tmp_path / "out"))
+    kept_NF, missing_ND, skipped_NM, _ = hidden_and_missing(recipe, seen)
+    fit, down_DF = seen["fits"][0], seen["ffns"][0].down_DF
+    change_FD = (fit.down_DF - down_DF).T
+    wide_NX, start_ND = kept_NF, torch.zeros_like(missing_ND)
+    if compensation:
+        plain = layerwise.LayerFit(fit.assignment, fit.start)
+        assert plain.start.means_MD is not None
+        wide_NX = torch.cat([kept_NF, skipped_NM], 1)
+        change_FD = torch.cat([change_FD, plain.start.means_MD])
+    # the error, with what holds ``down`` to what it was, has no slope at the solution
+    left_ND = missing_ND - start_ND - wide_NX @ change_FD
+    slope_XD = wide_NX.T @ left_ND
+    ridge = layerwise._RIDGE * kept_NF.square().sum(0).mean()
+    neurons = kept_NF.shape[1]
+    torch.testing.assert_close(slope_XD[:neurons], ridge * change_FD[:neurons], rtol=2e-2, atol=2e-2)
+    before = missing_ND.square().sum()
+    assert float(left_ND.square().sum()) < 0.9 * float(before)
+    stored_DF = Checkpoint(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
+    kinds = {tuple(column.tolist()) for column in fit.down_DF.T}
+    assert all(tuple(column.tolist()) in kinds for column in stored_DF.T)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"router.routing": "sequence"}, "router.routing: sequence"),
+        ({"assignment.method": "modules", "router.routing": "task"}, "experts are no tasks"),
+        ({"assignment.method": "modules", "assignment.shared_modules": 4}, "leave nothing to choose"),
+        ({"assignment.method": "greed"}, "Did you mean 'greedy'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    recipe = settings(tmp_path, "llama", **more)
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    with pytest.raises(ModmoeError, match=words):
+        convert(recipe, str(tmp_path / "out"))
