@@ -57,7 +57,7 @@ class ModularFFN(nn.Module):
         neurons = stored * config.module_size
         self.layer, self.state = layer, state
         self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.stored_modules, self.module_size = stored, config.module_size
+        self.stored_modules, self.module_size, self.shared_modules = stored, config.module_size, config.shared_modules
         self.routing, self.combine, self.chunk = config.routing, config.combine, config.routing_chunk
         biased = set(config.ffn_biases)
         self.gated = config.ffn_gated
@@ -164,8 +164,7 @@ class ModularFFN(nn.Module):
             return "gather" if len(x_TD) == 1 and not torch.is_grad_enabled() else "masked"
         if asked == "gather" and len(x_TD) == 1 and not torch.is_grad_enabled():
             return "gather"
-        # what a token chose is made one integer of 64 bits where tokens are sorted
-        return "runs" if self.num_experts**self.top_k < 2**62 else "masked"
+        return "runs"
 
     def _is_plain(self) -> bool:
         """Whether the matrices may be read directly: no LoRA, quantization, offloading or hook in between."""
@@ -240,8 +239,10 @@ class ModularFFN(nn.Module):
         else:
             scale_1S, active_1S = self.coefficients(ids_1K, weights_1K)
             each = self.ranking[:, : self.state.active_modules].shape[1]
-            # a union has as many modules at most; what is missing is filled with modules that count 0
-            most = min(self.stored_modules, ids_1K.shape[1] * each)
+            # a union has as many modules at most, since what all experts have ranks first; what is missing is filled
+            # with modules that count 0
+            shared = min(self.shared_modules, each)
+            most = min(self.stored_modules, shared + ids_1K.shape[1] * (each - shared))
             modules_A = active_1S[0].to(torch.int8).sort(descending=True, stable=True).indices[:most]
             scale_A = scale_1S[0, modules_A]
         gate = self.gate_proj if self.gated else None

@@ -5,7 +5,8 @@
              the hidden values of a token's other modules made 0, since reading weights is what costs. Many tokens:
              they are sorted by what they chose; modules that all chose are computed for all, then each choice's others
              for its rows, a slice. Where a choice has too few rows for that, every set of modules with the same
-             holders is computed once for the rows of them all, brought together where they are no neighbours.
+             holders is computed once for the rows of them all, brought together where they are no neighbours. Where
+             there are many choices, as when a router picks modules one by one, each module gets the rows that have it.
     gather   One token, its modules' numbers in a tensor: sums of products that a compiler turns into loops over the
              matrices as they lie. No shape here depends on a value, and nothing is asked of the host.
 
@@ -36,6 +37,10 @@ LEFT_ROWS = 128
 """Up to here weights are the left operand, ``W x^T``: mostly faster in bfloat16, up to 1.8 times; level above."""
 ROWS_APART = 16
 """With fewer rows a choice reading weights once outweighs bringing rows together."""
+MOST_CHOICES = 32
+"""With more different choices nothing is gained by looking for what they have in common."""
+_KEYS = 2**62
+"""What a token chose is made one integer of 64 bits where tokens are sorted, if there are no more choices than this."""
 _KEPT = 512
 """Plans that a layer remembers before it begins anew."""
 
@@ -175,6 +180,31 @@ def by_choice(
     return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
+def by_module(ffn: Any, x_TD: Tensor, active_TS: Tensor, scale_TS: Tensor | None) -> Tensor:
+    """Return the outputs of tokens of which each has the modules that ``active_TS`` (bool) says.
+
+    Modules that all tokens have are run for all, each other one for its own tokens. The numbers of tokens come to the
+    host, once.
+    """
+    tokens, stored = active_TS.shape
+    count_S = active_TS.sum(0).tolist()
+    common = sum(1 << module for module, count in enumerate(count_S) if count == tokens)
+    y_TD = by_runs(ffn, x_TD, _runs(common, stored), scale_TS)
+    row_A = active_TS.T.nonzero()[:, 1]
+    for module, rows_N in enumerate(torch.split(row_A, count_S)):
+        if common >> module & 1 or not len(rows_N):
+            continue
+        scale_NS = None if scale_TS is None else scale_TS.index_select(0, rows_N)
+        y_ND = by_runs(ffn, x_TD.index_select(0, rows_N), [(module, module + 1)], scale_NS)
+        y_TD.index_add_(0, rows_N, y_ND)
+    return y_TD
+
+
+def _active_TS(ffn: Any, ids_TK: Tensor) -> Tensor:
+    chosen_TE = torch.zeros(len(ids_TK), ffn.num_experts, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
+    return (chosen_TE @ ffn.member_ES(chosen_TE.dtype)) > 0
+
+
 def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS: Tensor | None) -> Tensor:
     """Return the outputs of tokens that chose ``ids_TK``; ``scale_TS`` multiplies modules where it is given.
 
@@ -188,6 +218,8 @@ def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS:
         if scale_TS is None and any(one != union for one in sets):
             scale_TS = ffn.member_ES(x_TD.dtype)[ids_TK].amax(1)
         return by_runs(ffn, x_TD, layout.runs(union), scale_TS)
+    if len(layout.set_E) ** chosen >= _KEYS:
+        return by_module(ffn, x_TD, _active_TS(ffn, ids_TK), scale_TS)
     # experts renumbered so that neighbours share modules, and a choice made one number: digits in the base of experts
     experts = len(layout.set_E)
     digits_TK = layout.place_E.to(ids_TK.device)[ids_TK].sort(-1).values
@@ -196,6 +228,8 @@ def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS:
         key_T = key_T * experts + digits_TK[:, digit]
     sorted_T, order_T = key_T.sort(stable=True)
     keys, counts = torch.unique_consecutive(sorted_T, return_counts=True)
+    if len(keys) > MOST_CHOICES:
+        return by_module(ffn, x_TD, _active_TS(ffn, ids_TK), scale_TS)
     key_C, count_C = torch.stack([keys, counts]).tolist()
     set_C = []
     for key in key_C:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modmoe.modeling import modular_ffn
+from modmoe.modeling import modular_ffn, ways_modmoe
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import RoutingState
 from modmoe.modeling.ways_modmoe import FEW_TOKENS, LEFT_ROWS, Layout, gather_token
@@ -35,6 +35,7 @@ def make_ffn(routing: str = "token", combine: str = "union", top_k: int = 1, **c
             "num_experts": EXPERTS,
             "num_experts_per_tok": top_k,
             "modules_per_expert": EACH,
+            "shared_modules": 1,
             "routing": routing,
             "combine": combine,
             "routing_chunk": 4,
@@ -224,6 +225,30 @@ def test_what_sits_on_the_linear_layers_is_heeded(why: str) -> None:
     for asked in ("runs", "gather"):  # training alone may be asked to read slices
         ffn.state.way = asked
         assert ffn._way(x_TD) == ("runs" if why == "training" else "masked")
+
+
+@pytest.mark.parametrize("limit", ["MOST_CHOICES", "_KEYS"])
+@pytest.mark.parametrize(("combine", "top_k"), [("union", 2), ("sum", 2), ("sum", 3)])
+@pytest.mark.parametrize("active", [None, 2])
+def test_many_choices_go_module_by_module(
+    monkeypatch: pytest.MonkeyPatch, combine: str, top_k: int, active: int | None, limit: str
+) -> None:
+    monkeypatch.setattr(ways_modmoe, limit, 2)
+    gone = []
+    by_module = ways_modmoe.by_module
+    monkeypatch.setattr(ways_modmoe, "by_module", lambda *args: gone.append(len(args[1])) or by_module(*args))
+    ffn = make_ffn("token", combine, top_k, compensation=True, ffn_biases=["gate", "up", "down"])
+    ffn.state.active_modules, ffn.state.way = active, "runs"
+    found = []
+    for way in (None, "runs"):
+        x_TD = inputs(ffn, MANY).requires_grad_()
+        ffn.zero_grad()
+        y_TD = tied_ffn(ffn, x_TD, *ffn._choose(x_TD, x_TD)) if way is None else ffn(x_TD)
+        (y_TD * y_TD.detach().cos()).sum().backward()
+        found.append([y_TD.detach(), x_TD.grad, *(p.grad.clone() for p in ffn.parameters() if p.grad is not None)])
+    assert gone == [MANY]
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("is_apart", [True, False])
