@@ -63,7 +63,14 @@ def convert(
     partition: flags.PartitionMethod = None,
     assignment: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="How modules are given to experts. With --method experts: prune or merge."),
+        typer.Option(
+            metavar="METHOD",
+            help="How modules are given to experts: top_score, greedy, tokens, modules, random. With --method experts: "
+            "prune or merge.",
+        ),
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit down projections anew to the modules that are on.")
     ] = None,
     score: flags.Score = None,
     adapter: Annotated[
@@ -132,6 +139,7 @@ def convert(
             combine=combine,
             compensation=compensation,
             coverage=coverage,
+            refit=refit,
             router_start=router_start,
             router_kind=router_kind,
             routing_chunk=routing_chunk,

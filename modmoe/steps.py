@@ -45,6 +45,7 @@ _CONVERSION = {
     "active_fraction": "assignment.active_fraction",
     "shared_modules": "assignment.shared_modules",
     "coverage": "assignment.coverage",
+    "refit": "assignment.refit",
     "routing": "router.routing",
     "top_k": "router.top_k",
     "combine": "router.combine",

@@ -68,7 +68,8 @@ def verify_all_on(
     def repaired(layer: int, hidden: Tensor, _: Turn) -> Tensor:
         # as both were rounded when they were written
         dtype, ffn = source.dtype(f"{family.layers}.{layer}.{family.down}.weight"), analysis.ffns[layer]
-        down_DF = ffn.down_DF if fits[layer].down_DF is None else fits[layer].down_DF.to(dtype)
+        refitted_DF = fits[layer].down_DF
+        down_DF = ffn.down_DF if refitted_DF is None else refitted_DF.to(dtype)
         bias_D = left_out_D(fits[layer], ffn.down_bias_D)
         y = hidden @ down_DF.to(hidden).T
         return y if bias_D is None else y + bias_D.to(dtype).to(hidden)

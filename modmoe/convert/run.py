@@ -273,6 +273,7 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
     kinds = [f"{path}.weight" for path in paths] + [f"{path}.bias" for path in paths - {family.down}]
     ffn = sum(sizes.get(f"{family.layers}.{layer}.{kind}", 0) for layer in range(source.num_layers) for kind in kinds)
     stored = min(modules, experts * (per_expert - shared) + shared)
+    active = min(modules, recipe.router.top_k * (per_expert - shared) + shared)
     tokens = recipe.calibration.tokens * len(recipe.tasks)
     return {
         "dry_run": True,
@@ -286,7 +287,7 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
             "dense": dense,
             "stored_at_least": dense - ffn + ffn * per_expert // modules,
             "stored_at_most": dense - ffn + ffn * stored // modules,
-            "active": dense - ffn + ffn * per_expert // modules,
+            "active": dense - ffn + ffn * active // modules,
             "materialised": dense - ffn + ffn * per_expert * experts // modules,
         },
         "calibration_tokens": tokens,

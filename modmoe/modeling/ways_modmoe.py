@@ -202,7 +202,8 @@ def by_module(ffn: Any, x_TD: Tensor, active_TS: Tensor, scale_TS: Tensor | None
 
 def _active_TS(ffn: Any, ids_TK: Tensor) -> Tensor:
     chosen_TE = torch.zeros(len(ids_TK), ffn.num_experts, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
-    return (chosen_TE @ ffn.member_ES(chosen_TE.dtype)) > 0
+    active_TS: Tensor = (chosen_TE @ ffn.member_ES(chosen_TE.dtype)) > 0
+    return active_TS
 
 
 def run_tokens(ffn: Any, x_TD: Tensor, layout: Layout, ids_TK: Tensor, scale_TS: Tensor | None) -> Tensor:
