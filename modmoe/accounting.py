@@ -204,9 +204,6 @@ def count_tied(checkpoint: Checkpoint, layers: Sequence[LayerCounts]) -> Counts:
     routers = sum(layer.router_parameters for layer in layers)
     # a mean output of a skipped module is a cost of conversion, as the router is; the dense model has neither
     means = sum(size for name, size in tensor_parameters(checkpoint).items() if name.endswith(".means"))
-    if config.get("adds_down_bias", False):  # it holds the means of modules that are left out
-        sizes = tensor_parameters(checkpoint)
-        means += sum(size for name, size in sizes.items() if name.endswith(".down_proj.bias"))
     per_neuron = [layer.module_parameters // config["module_size"] for layer in layers]
     dense_ffn = sum(config["dense_intermediate_size"] * size for size in per_neuron)
     active_ffn = sum(layer.active_modules * layer.module_parameters for layer in layers)

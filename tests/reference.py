@@ -51,5 +51,7 @@ def tied_ffn(ffn, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
             if not (ffn.combine == "sum" and len(ids_K) > 1):
                 weight = weight / weight.detach()
             y_D = y_D + weight * output_D
+        if ffn.means is not None and ffn.left_out_means:
+            y_D = y_D + ffn.means[-1]
         rows.append(y_D)
     return torch.stack(rows)

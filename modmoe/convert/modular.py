@@ -64,11 +64,6 @@ def modular_plan(
         target = f"{family.layers}.{layer}.{family.ffn}"
         down = f"{family.layers}.{layer}.{family.down}"
         dtype = source.dtype(f"{down}.weight")
-        if has_constant:
-            bias_D = left_out_D(fit, source.get(f"{down}.bias"))
-            assert bias_D is not None
-            dropped.update([f"{down}.bias"] if f"{down}.bias" in source else [])
-            made[f"{target}.down_proj.bias"] = Const(bias_D.to(dtype))
         if fit.down_DF is not None:
             dropped.update(made[f"{target}.down_proj.weight"].inputs)
             made[f"{target}.down_proj.weight"] = Const(fit.down_DF[:, neuron_order(partition, order_S)].to(dtype))
@@ -77,29 +72,19 @@ def modular_plan(
         place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
         place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
         made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
-        made.update(_router_ops(target, start, order_S, dtype))
+        made.update(_router_ops(target, fit, order_S, dtype, has_constant))
         ops.update(made)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
     config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
-    config["adds_down_bias"] = has_constant and "down" not in config["ffn_biases"]
-    if config["adds_down_bias"]:
-        config["ffn_biases"].append("down")
+    config["left_out_means"] = has_constant
     config["stored_modules"] = [len(order_S) for order_S in orders]
     return Plan(config, {**kept, **ops}, frozenset(dropped))
 
 
 def leaves_constant(fits: Sequence[LayerFit]) -> bool:
-    """Whether there are means of modules that no expert has: then each layer's ``down`` has a bias, and they in it."""
+    """Whether there are means of modules that no expert has: then their sum is one more row of each layer's means."""
     return fits[0].start.means_MD is not None and not all(bool(fit.assignment.used_M.all()) for fit in fits)
-
-
-def left_out_D(fit: LayerFit, bias_D: Tensor | None) -> Tensor | None:
-    """Return ``down``'s bias, float32, with what makes up for modules that no expert has; None where there is none."""
-    if fit.start.means_MD is None:
-        return bias_D
-    constant_D = fit.start.means_MD[~fit.assignment.used_M].sum(0)
-    return constant_D if bias_D is None else constant_D + bias_D.float().cpu()
 
 
 def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
@@ -140,15 +125,21 @@ def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partit
     return ops
 
 
-def _router_ops(target: str, start: RouterStart, order_S: Tensor, dtype: torch.dtype) -> dict[str, Op]:
+def _router_ops(
+    target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype, has_constant: bool
+) -> dict[str, Op]:
     ops: dict[str, Op] = {}
+    start = fit.start
     if start.weight_ED is not None:
         ops[f"{target}.router.weight"] = Const(start.weight_ED.to(dtype))
     if start.hidden_HD is not None and start.output_EH is not None:
         ops[f"{target}.router.hidden.weight"] = Const(start.hidden_HD.to(dtype))
         ops[f"{target}.router.output.weight"] = Const(start.output_EH.to(dtype))
     if start.means_MD is not None:
-        ops[f"{target}.means"] = Const(start.means_MD[order_S].to(dtype))
+        means_SD = start.means_MD[order_S]
+        if has_constant:
+            means_SD = torch.cat([means_SD, start.means_MD[~fit.assignment.used_M].sum(0, keepdim=True)])
+        ops[f"{target}.means"] = Const(means_SD.to(dtype))
     return ops
 
 

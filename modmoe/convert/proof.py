@@ -16,7 +16,7 @@ from modmoe.analyze.run import Analysis, silent
 from modmoe.analyze.stream import Turn
 from modmoe.checkpoint import Checkpoint
 from modmoe.convert.layerwise import LayerFit
-from modmoe.convert.modular import leaves_constant, left_out_D, neuron_order
+from modmoe.convert.modular import neuron_order
 from modmoe.errors import PlanError
 
 # above this many parameters the proof runs in float32: a float64 copy of two models would not fit beside them
@@ -34,7 +34,7 @@ def verify_all_on(
     """Compare the checkpoint just written, all modules on, with the dense model; PlanError where they differ.
 
     Where modules were left out, their neurons are silent in the dense model for the comparison, and where ``down`` was
-    fitted anew or has what makes up for them, so it has there. Both run layer by layer
+    fitted anew, it has that one. Both run layer by layer
     where the analysis did, or where a copy in the precision of the comparison would not fit. ``report`` is called with
     the models run and the models in all.
     """
@@ -66,16 +66,14 @@ def verify_all_on(
         return hidden.index_fill(-1, unused[layer], 0)
 
     def repaired(layer: int, hidden: Tensor, _: Turn) -> Tensor:
-        # as both were rounded when they were written
+        # as it was rounded when it was written
         dtype, ffn = source.dtype(f"{family.layers}.{layer}.{family.down}.weight"), analysis.ffns[layer]
         refitted_DF = fits[layer].down_DF
         down_DF = ffn.down_DF if refitted_DF is None else refitted_DF.to(dtype)
-        bias_D = left_out_D(fits[layer], ffn.down_bias_D)
         y = hidden @ down_DF.to(hidden).T
-        return y if bias_D is None else y + bias_D.to(dtype).to(hidden)
+        return y if ffn.down_bias_D is None else y + ffn.down_bias_D.to(hidden)
 
-    is_repaired = fits[0].down_DF is not None or leaves_constant(fits)
-    wanted = dense.logits(rows, on_hidden=without, on_down=repaired if is_repaired else None)
+    wanted = dense.logits(rows, on_hidden=without, on_down=None if fits[0].down_DF is None else repaired)
     report(2, 2)
     left_out = sum(int((~fit.assignment.used_M).sum()) for fit in fits)
     counted = rows.attention_mask_BT.bool()

@@ -198,7 +198,10 @@ def _compensation_ops(tied: Checkpoint, family: Family, layer: int, expert: int,
     """Return the down bias that holds the skipped modules' means, and the biases that a family wants with it."""
     stored = ffn_prefix(tied.config, layer)
     made = f"{family.layers}.{layer}."
-    skipped = (~tied[f"{stored}membership"][expert]).nonzero().squeeze(-1)
+    member_S = tied[f"{stored}membership"][expert]
+    # behind the modules' means, if it is there, stands what makes up for modules that no expert has
+    never = tied.shape(f"{stored}means")[0] - len(member_S)
+    skipped = torch.nn.functional.pad(~member_S, (0, never), value=True).nonzero().squeeze(-1)
     bias = f"{stored}down_proj.bias"
     if bias in tied:
         return {f"{made}{family.down}.bias": FoldMeans(bias, f"{stored}means", skipped)}

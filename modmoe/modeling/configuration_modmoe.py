@@ -45,6 +45,8 @@ class ModularFields:
     """Hidden width of an mlp router."""
     compensation: bool = False
     """Whether the mean output of a skipped module, given that it is skipped, is added."""
+    left_out_means: bool = False
+    """Whether the means have one more row: the sum for modules that no expert has, which is always added."""
     default_expert: str | None = None
     """The expert of a model routed by task until ``set_expert`` names another."""
     ffn_layers: str = "model.layers"
@@ -57,8 +59,6 @@ class ModularFields:
     """Whether the FFN has a gate projection."""
     ffn_biases: list[str] = field(default_factory=list)
     """Which of gate, up and down have a bias."""
-    adds_down_bias: bool = False
-    """Whether the bias of down holds nothing but the means of modules that were left out."""
     ffn_activation: str = "silu"
     """Name of the activation function in transformers."""
     ffn_dropout: float = 0.0

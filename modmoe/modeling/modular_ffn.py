@@ -70,7 +70,9 @@ class ModularFFN(nn.Module):
         self.router = None
         if config.routing != "task":
             self.router = ModularRouter(width, config.num_experts, config.router_hidden)
-        self.means = nn.Parameter(torch.zeros(stored, width)) if config.compensation else None
+        self.left_out_means = int(config.left_out_means)
+        means_shape = (stored + self.left_out_means, width)
+        self.means = nn.Parameter(torch.zeros(means_shape)) if config.compensation else None
         self.register_buffer("membership", torch.ones(config.num_experts, stored, dtype=torch.bool))
         ranking_ER = torch.arange(config.modules_per_expert, dtype=torch.int32).repeat(config.num_experts, 1)
         self.register_buffer("ranking", ranking_ER)
@@ -151,8 +153,12 @@ class ModularFFN(nn.Module):
         hidden_TSm = self._hidden(x_TD).reshape(-1, self.stored_modules, self.module_size)
         y_TD: Tensor = self.down_proj((hidden_TSm * coefficients_TS.unsqueeze(-1)).flatten(-2))
         if self.means is not None:
-            y_TD = y_TD + (~active_TS).to(y_TD.dtype) @ self.means
+            y_TD = y_TD + self._missing((~active_TS).to(y_TD.dtype)) @ self.means
         return y_TD
+
+    def _missing(self, skipped: Tensor) -> Tensor:
+        """Return skipped modules as 1 and others as 0, [..., S], with a 1 for those that are never there, if any."""
+        return F.pad(skipped, (0, self.left_out_means), value=1.0)
 
     def _way(self, x_TD: Tensor) -> str:
         """Return the way that this pass is computed: what was asked for, as far as the shape and the weights allow."""
@@ -219,7 +225,7 @@ class ModularFFN(nn.Module):
         if self.down_proj.bias is not None:
             y_TD = y_TD + self.down_proj.bias
         if self.means is not None:
-            y_TD = y_TD + (1 - self.member_ES(y_TD.dtype)[expert]) @ self.means
+            y_TD = y_TD + self._missing(1 - self.member_ES(y_TD.dtype)[expert]) @ self.means
         return y_TD
 
     def _sliced(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -266,7 +272,7 @@ class ModularFFN(nn.Module):
         if self.down_proj.bias is not None:
             y_TD = y_TD + self.down_proj.bias
         if self.means is not None:
-            y_TD = y_TD + (1 - self.member_ES(y_TD.dtype)[ids_TK].amax(1)) @ self.means
+            y_TD = y_TD + self._missing(1 - self.member_ES(y_TD.dtype)[ids_TK].amax(1)) @ self.means
         return y_TD
 
     _WAYS: ClassVar[dict[str, Any]] = {"masked": _masked, "runs": _sliced, "gather": _gathered}

@@ -149,9 +149,9 @@ class ModuleMoE(nn.Module):
         stored = config.modular["stored_modules"][layer]
         self.router = ModuleRouter(config, stored)
         self.experts = ModuleExperts(config, stored)
-        self.means = None
+        self.means, self.left_out = None, int(config.modular["left_out_means"])
         if config.modular["compensation"]:
-            self.means = nn.Parameter(torch.zeros(stored, config.hidden_size))
+            self.means = nn.Parameter(torch.zeros(stored + self.left_out, config.hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
@@ -159,7 +159,8 @@ class ModuleMoE(nn.Module):
         active_TS, weights_TA, modules_TA = self.router(x_TD)
         y_TD: Tensor = self.experts(x_TD, modules_TA, weights_TA)
         if self.means is not None:
-            y_TD = y_TD + (~active_TS).to(y_TD.dtype) @ self.means
+            # what makes up for modules that no expert has, if there are such, is the last row
+            y_TD = y_TD + F.pad((~active_TS).to(y_TD.dtype), (0, self.left_out), value=1.0) @ self.means
         return y_TD.reshape(hidden_states.shape)
 
 
