@@ -58,7 +58,7 @@ def modular_plan(
     dropped: set[str] = set()
     has_constant = leaves_constant(fits)
     for layer, (partition, fit, order_S) in enumerate(zip(partitions, fits, orders, strict=True)):
-        assignment, start = fit.assignment, fit.start
+        assignment = fit.assignment
         made = _layer_ops(source, family, layer, partition, order_S)
         replaced.update(name for op in made.values() for name in op.inputs)
         target = f"{family.layers}.{layer}.{family.ffn}"
@@ -125,9 +125,7 @@ def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partit
     return ops
 
 
-def _router_ops(
-    target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype, has_constant: bool
-) -> dict[str, Op]:
+def _router_ops(target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype, has_constant: bool) -> dict[str, Op]:
     ops: dict[str, Op] = {}
     start = fit.start
     if start.weight_ED is not None:

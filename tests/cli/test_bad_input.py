@@ -101,7 +101,11 @@ CASES = [
     (outside, [], "not a plain file name in the directory"),
     (not_finite, [], "'model.layers.1.mlp.up_proj.weight' has values that are not finite"),
     (pickle, [], "holds pickled weights only"),
-    (unknown_family, [], "'lama' is not a dense family known here (gemma2, gemma3_text, gpt2, gpt_neox, llama,"),
+    (
+        unknown_family,
+        [],
+        "'lama' is not a dense family known here (gemma2, gemma3_text, gpt2, gpt_neox, granite,",
+    ),
     (wrong_width, [], "has 48 rows where config.json says 64 neurons"),
     (own_code, [], "Describe where its FFNs lie under `family:` in a recipe"),
     (empty_task, [], "sums.jsonl"),

@@ -155,7 +155,8 @@ def test_recipes_and_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert run(["validate", str(file), "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
         assert shown["ok"] is True
-        assert shown["recipe"]["method"] == ("modular" if shown["recipe"]["adapter"]["method"] is None else "adapters")
+        method = "adapters" if shown["recipe"]["adapter"]["method"] else "experts" if "experts" in name else "modular"
+        assert shown["recipe"]["method"] == method
 
 
 def test_a_validated_recipe_is_itself_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,8 @@ def test_layers_may_store_fewer_modules_than_others_give_to_a_token(tmp_path, mo
 
 
 @pytest.mark.parametrize("router", ["union2", "sum2"])
-def test_every_way_of_computing_experts_is_equal(router, tmp_path, monkeypatch):
-    monkeypatch.setattr(planned, "NEURONS", 128)  # modules of 16 neurons, as grouped products want
+def test_every_way_of_computing_experts_is_equal(router, tmp_path):
+    # modules of 16 neurons, as grouped products want
     tied, packed = write_packed(tmp_path, changes={"intermediate_size": 128}, **ROUTERS[router])
     model, made = load_both(tied, packed, torch.float32)
     for way in ("eager", "batched_mm", "grouped_mm"):

@@ -78,7 +78,14 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_way_is_the_loop(
     uncompiled: None, routing: str, combine: str, top_k: int, tokens: int, active: int | None
 ) -> None:
-    ffn = make_ffn(routing, combine, top_k, compensation=top_k == 2, left_out_means=combine == "sum", ffn_biases=["gate", "up", "down"][: top_k + 1])
+    ffn = make_ffn(
+        routing,
+        combine,
+        top_k,
+        compensation=top_k == 2,
+        left_out_means=combine == "sum",
+        ffn_biases=["gate", "up", "down"][: top_k + 1],
+    )
     ffn.state.active_modules = active
     x_TD = inputs(ffn, tokens)
     if routing == "task":
