@@ -91,8 +91,10 @@ def largest_union(experts: Sequence[Collection[int]], top_k: int) -> int:
     everything = len(set().union(*experts)) if experts else 0
     if top_k >= len(experts):
         return everything
-    sizes = sorted((len(set(expert)) for expert in experts), reverse=True)
-    bound = min(everything, sum(sizes[:top_k]))
+    # what all have counts once, so the bound is the size itself where experts share nothing else
+    core = len(set(experts[0]).intersection(*experts))
+    own = sorted((len(set(expert)) - core for expert in experts), reverse=True)
+    bound = min(everything, core + sum(own[:top_k]))
     if math.comb(len(experts), top_k) > MOST_SUBSETS:
         return bound
     masks = [sum(1 << module for module in set(expert)) for expert in experts]

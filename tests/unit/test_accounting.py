@@ -156,6 +156,12 @@ def test_unions_are_those_of_brute_force(seed: int, monkeypatch: pytest.MonkeyPa
     assert largest_union(experts, top_k) >= max(sizes)
 
 
+def test_the_largest_union_of_many_is_exact_where_experts_share_a_core_alone() -> None:
+    experts = [[0, 1, 2, 3 + number] for number in range(60)]
+    assert largest_union(experts, 30) == 33
+    assert mean_union(experts, 30) == pytest.approx(33)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(("gated", "biased", "means"), [(True, True, True), (False, True, False), (True, False, True)])
 def test_accounting_equals_bytes_on_disk(tmp_path: Path, shards: int, gated: bool, biased: bool, means: bool) -> None:
