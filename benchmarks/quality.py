@@ -1,21 +1,28 @@
-"""Quality at one active size: shared modules against static pruning, both fine-tuned on the same tokens.
+"""Quality at one active size: ways of making a model sparse against each other, before and after fine-tuning.
 
     python benchmarks/quality.py [--quick] [--json FILE] [--source DIR --task NAME=FILE ... --eval NAME=FILE ...]
 
-Without a source it runs on the model that ships with modmoe. The control is what most papers leave out: one static mask
-of the same active size, chosen on all tasks together, fine-tuned with the same data, steps and teacher. Prints the loss
-(nats a token) of each task for the dense model, the converted one and the control, before and after fine-tuning, over
-several seeds.
+Without a source it runs on the model that ships with modmoe. A cell is a method, a sparsity (share of the FFN neurons
+that a token does not use), a seed and a learning rate. All methods have as many active neurons, the same text for
+calibration, the same fine-tuning steps, rows and teacher. Held-out rows are halved: the learning rate is chosen on one
+half, and the loss of the other half is told. Each cell is one JSON line in --rows, and a cell that is there is not run
+again, so that a run goes on where it was cut off.
+
+The table has the mean over tasks of the loss in nats a token, and its spread over seeds; after it, what the best of
+ours wins against the best and the worst peer.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
-import shutil
 import statistics
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,90 +34,217 @@ from rich.table import Table
 import modmoe
 from modmoe.analyze.calibration import load_task
 from modmoe.convert.run import convert
-from modmoe.export.run import export
 from modmoe.finetune.evaluate import evaluate
 from modmoe.finetune.train import finetune
 from modmoe.recipe import make_recipe
+
+_ROUTED = {"assignment.method": "modules", "router.compensation": True}
+METHODS: dict[str, dict[str, Any]] = {
+    # the model itself, fine-tuned like the others: what no sparsity costs
+    "dense": {},
+    # one mask for all tasks, neuron by neuron
+    "prune magnitude": {"method": "prune", "assignment.score": "magnitude"},
+    "prune random": {"method": "prune", "assignment.score": "random"},
+    "prune wanda": {"method": "prune", "assignment.score": "wanda"},
+    "prune flap": {"method": "prune", "assignment.score": "wifv", "router.compensation": True},
+    "prune flap, refit": {
+        "method": "prune",
+        "assignment.score": "wifv",
+        "router.compensation": True,
+        "assignment.refit": True,
+    },
+    # one mask a task, the task known
+    "seap": {
+        "partition.method": "contiguous",
+        "partition.num_modules": "neurons",
+        "assignment.score": "wifv",
+        "router.routing": "task",
+    },
+    # published splits
+    "cmoe": {"method": "cmoe"},
+    "moefication": {"method": "moefication"},
+    "emoe": {"method": "emoe"},
+    "llama_moe": {"method": "llama_moe"},
+    # ours: experts are tasks
+    "tasks, top_score": {},
+    "tasks, greedy, refit": {
+        "assignment.method": "greedy",
+        "assignment.refit": True,
+        "router.compensation": True,
+    },
+    "tasks, random experts": {"assignment.method": "random"},
+    # ours: experts are found from tokens, or are the modules themselves
+    "tokens 16, refit": {
+        "assignment.method": "tokens",
+        "assignment.num_experts": 16,
+        "assignment.refit": True,
+        "router.compensation": True,
+    },
+    "modules": _ROUTED,
+    "modules, refit": {**_ROUTED, "assignment.refit": True},
+    "modules, quarter shared, refit": {**_ROUTED, "assignment.refit": True, "assignment.shared_modules": "quarter"},
+    "modules, random partition": {**_ROUTED, "partition.method": "random"},
+    "modules, router from zero": {**_ROUTED, "router.start": "zero"},
+}
+OURS = ("tasks, top_score", "tasks, greedy, refit", "tokens 16, refit", "modules", "modules, refit")
+PEERS = ("prune", "seap", "cmoe", "moefication", "emoe", "llama_moe")
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: within a minute")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="two methods, one seed, few steps: within a minute")
+    parser.add_argument("--json", type=Path, help="write the table's rows here")
+    parser.add_argument("--rows", type=Path, help="one JSON line a cell; what is there is not run again")
     parser.add_argument("--source", help="dense checkpoint; the shipped model if left out")
     parser.add_argument("--task", action="append", default=[], help="NAME=FILE to calibrate and train on")
     parser.add_argument("--eval", action="append", default=[], help="NAME=FILE held out")
+    parser.add_argument("--methods", help="names to run, with ; between them; all if left out")
+    parser.add_argument("--sparsities", default="0.5", help="such as 0.25,0.5,0.75")
     parser.add_argument("--num-modules", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", default="1", help="learning rates, as multiples of the default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--routing", default="token")
-    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens of a task")
-    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens of a task")
+    parser.add_argument("--eval-tokens", type=int, default=8192, help="of each half of a task's held-out rows")
+    parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--family", help="JSON of the recipe's family, for an architecture without a row")
     return parser.parse_args()
 
 
-def one_seed(args: argparse.Namespace, tasks: dict[str, str], held_out: dict[str, str], seed: int) -> dict[str, Any]:
-    """Convert, fine-tune and measure both ways once; return the losses by model and task."""
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        merged = work / "all.jsonl"
-        with merged.open("w", encoding="utf-8") as handle:
-            for task, file in tasks.items():
-                handle.writelines(json.dumps(row) + "\n" for row in text_rows(task, file))
-        shared = {
+def recipe_of(args: argparse.Namespace, method: str, sparsity: float, seed: int, rate: float, tasks: Any) -> Any:
+    """Return the recipe of a cell."""
+    config = json.loads((Path(args.source) / "config.json").read_text(encoding="utf-8"))
+    named = {"neurons": config["intermediate_size"], "quarter": args.num_modules // 4}
+    settings = {key: named.get(value, value) for key, value in METHODS[method].items() if not isinstance(value, dict)}
+    return make_recipe(
+        {
             "source": args.source,
+            "tasks": tasks,
             "seed": seed,
             "trust_remote_code": args.trust_remote_code,
             "family": json.loads(args.family) if args.family else None,
+            "calibration.tokens": args.tokens,
+            "calibration.sequence_length": args.sequence_length,
             "partition.num_modules": args.num_modules,
-            "finetune.max_steps": args.steps,
+            "assignment.active_fraction": 1 - sparsity,
+            "finetune.max_steps": max(1, args.steps),
+            "finetune.learning_rate": rate * min(1e-3, max(5e-5, 0.1 / config["hidden_size"])),
+            "finetune.sequence_length": args.sequence_length,
             "finetune.distill_from": args.source,
+            "finetune.save_steps": 10**6,
+            **settings,
         }
-        modular = make_recipe(
-            {**shared, "tasks": tasks, "router.routing": args.routing, "calibration.tokens": args.tokens}
-        )
-        static = make_recipe(
-            {**shared, "tasks": {"all": str(merged)}, "router.routing": "task", "calibration.tokens": 3 * args.tokens}
-        )
-        trained = make_recipe({**shared, "tasks": tasks})
-        convert(modular, str(work / "modular"))
-        convert(static, str(work / "static-tied"))
-        trust = args.trust_remote_code
-        tied, static_dense = str(work / "static-tied"), str(work / "static")
-        export(tied, static_dense, form="dense", expert="all", verify=False, trust_remote_code=trust)
-        losses = {"dense": measure(args.source, held_out, args)}
-        for kind in ("modular", "static"):
-            losses[kind] = measure(str(work / kind), held_out, args)
-            tuned = str(work / f"{kind}-tuned")
-            finetune(str(work / kind), tuned, trained, eval_tasks={}, resume=False, overwrite=False)
-            losses[f"{kind}, fine-tuned"] = measure(tuned, held_out, args)
-        shutil.rmtree(work / "modular")
-    return losses
+    )
 
 
-def text_rows(task: str, file: str) -> list[dict[str, Any]]:
-    """Return a task's rows as plain text, so that rows of different forms fit into one file."""
-    rows = load_task(task, file)
-    if "text" in rows.column_names:
-        return [{"text": row["text"]} for row in rows]
-    return [{"text": f"{row['prompt']}{row['completion']}"} for row in rows]
+def run_cell(args: argparse.Namespace, cell: dict[str, Any], tasks: Any, held_out: Any) -> dict[str, Any]:
+    """Convert, measure, fine-tune and measure again."""
+    recipe = recipe_of(args, cell["method"], cell["sparsity"], cell["seed"], cell["rate"], tasks)
+    started_s = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        model, found = args.source, {}
+        if cell["method"] != "dense":
+            model = f"{name}/converted"
+            made = convert(recipe, model)
+            found = {key: made["parameters"][key] for key in ("active", "stored")}
+        found["before"] = measure(model, held_out, args)
+        if args.steps:
+            finetune(model, f"{name}/tuned", recipe, eval_tasks={}, resume=False, overwrite=False)
+            found["after"] = measure(f"{name}/tuned", held_out, args)
+    return {**cell, **found, "cpu_s": round(time.process_time() - started_s, 1)}
 
 
-def measure(model: str, held_out: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
-    """Return the loss of each held-out task."""
-    found = evaluate(model, held_out, tokens=args.eval_tokens, trust_remote_code=args.trust_remote_code)
-    return {task: values["loss"] for task, values in found["tasks"].items()}
+def measure(model: str, held_out: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return loss and bits per byte of each task's halves."""
+    found = evaluate(
+        model,
+        held_out,
+        tokens=args.eval_tokens,
+        sequence_length=args.sequence_length,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return {
+        task: {"loss": values["loss"], "bits_per_byte": values["bits_per_byte"]}
+        for task, values in found["tasks"].items()
+    }
+
+
+def halves(tasks: dict[str, str], directory: Path) -> dict[str, str]:
+    """Write each task's held-out rows as two files, and return them as tasks NAME.choose and NAME.tell."""
+    made = {}
+    for task, file in tasks.items():
+        rows = list(load_task(task, file))
+        for number, half in enumerate(("choose", "tell")):
+            path = directory / f"{task}.{half}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows[number::2]), encoding="utf-8")
+            made[f"{task}.{half}"] = str(path)
+    return made
+
+
+def mean_loss(measured: dict[str, dict[str, float]], half: str) -> float:
+    """Return the mean over tasks of the loss on one half."""
+    return statistics.mean(value["loss"] for task, value in measured.items() if task.endswith(half))
+
+
+def summarize(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each method and sparsity: mean and spread over seeds at the rate that the one half chooses."""
+    groups: dict[tuple[str, float], dict[int, list[dict[str, Any]]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["method"], cell["sparsity"]), {}).setdefault(cell["seed"], []).append(cell)
+    rows = []
+    for (method, sparsity), seeds in groups.items():
+        best = [
+            min(cells, key=lambda cell: mean_loss(cell.get("after", cell["before"]), "choose"))
+            for cells in seeds.values()
+        ]
+        row: dict[str, Any] = {"name": method, "sparsity": sparsity, "seeds": len(best), "bound": None, "holds": None}
+        for when in ("before", "after"):
+            losses = [mean_loss(cell[when], "tell") for cell in best if when in cell]
+            if losses:
+                row[when] = statistics.mean(losses)
+                row[f"{when}_spread"] = statistics.stdev(losses) if len(losses) > 1 else 0.0
+                names = [task for task in best[0][when] if task.endswith("tell")]
+                row[f"{when}_tasks"] = {
+                    task.removesuffix(".tell"): statistics.mean(cell[when][task]["loss"] for cell in best)
+                    for task in names
+                }
+        row["rates"] = sorted({cell["rate"] for cell in best})
+        row.update({key: best[0][key] for key in ("active", "stored") if key in best[0]})
+        rows.append(row)
+    dense = next((row["before"] for row in rows if row["name"] == "dense"), None)
+    for row in rows:
+        row["ratio"] = None if dense is None else row.get("after", row["before"]) / dense
+    return sorted(rows, key=lambda row: (row["sparsity"], row.get("after", row["before"])))
+
+
+def margins(rows: list[dict[str, Any]]) -> list[str]:
+    """Return, for each sparsity, what the best of ours wins over peers, in per cent of their loss."""
+    lines = []
+    for sparsity in sorted({row["sparsity"] for row in rows if row["name"] != "dense"}):
+        of = {row["name"]: row.get("after", row["before"]) for row in rows if row["sparsity"] == sparsity}
+        ours = {name: loss for name, loss in of.items() if name in OURS or name.startswith("modules")}
+        peers = {name: loss for name, loss in of.items() if name.split(" ")[0] in PEERS}
+        if ours and peers:
+            mine = min(ours, key=ours.__getitem__)
+            for which, peer in (
+                ("best", min(peers, key=peers.__getitem__)),
+                ("worst", max(peers, key=peers.__getitem__)),
+            ):
+                won = 100 * (1 - ours[mine] / peers[peer])
+                lines.append(f"sparsity {sparsity}: '{mine}' against the {which} peer, '{peer}': {won:+.1f} %")
+    return lines
 
 
 def main() -> None:
-    """Run all seeds, print the table, write the rows."""
+    """Run what is missing, print the table, write the rows."""
     args = parse()
     transformers.utils.logging.disable_progress_bar()
+    methods = args.methods.split(";") if args.methods else list(METHODS)
     if args.quick:
-        args.seeds, args.steps, args.tokens, args.eval_tokens = 1, 20, 4096, 4096
+        args.seeds, args.steps, args.tokens, args.eval_tokens = 1, 5, 1024, 1024
+        methods = ["tasks, top_score", "modules, refit"]
     with tempfile.TemporaryDirectory() as name:
         if args.source is None:
             from modmoe.demo.corpus import write_task_files
@@ -121,25 +255,41 @@ def main() -> None:
             tasks, held = ({k: str(v) for k, v in files.items()} for files in (tasks, held))
         else:
             tasks, held = (dict(item.split("=", 1) for item in items) for items in (args.task, args.eval))
-        runs = [one_seed(args, tasks, held, seed) for seed in range(args.seeds)]
-    table = Table(title=f"loss in nats a token, median of {args.seeds} seeds (range)")
-    table.add_column("model")
-    for task in held:
-        table.add_column(task, justify="right")
-    rows = []
-    for kind in runs[0]:
-        cells = []
-        for task in held:
-            values = [run[kind][task] for run in runs]
-            middle = statistics.median(values)
-            cells.append(f"{middle:.3f} ({min(values):.3f} to {max(values):.3f})")
-            ratio = middle / statistics.median(run["dense"][task] for run in runs)
-            rows.append({"name": f"{kind}: {task}", "ratio": ratio, "bound": None, "holds": None, "losses": values})
-        table.add_row(kind, *cells)
-    Console().print(table)
+        held = halves(held, Path(name))
+        known = [] if args.rows is None or not args.rows.exists() else args.rows.read_text().splitlines()
+        cells = [json.loads(line) for line in known]
+        keys = ("model", "method", "sparsity", "seed", "rate", "steps")
+        done = {tuple(cell[key] for key in keys) for cell in cells}
+        for seed in range(args.seeds):
+            for sparsity in map(float, args.sparsities.split(",")):
+                for method in methods:
+                    for rate in map(float, args.rates.split(",")):
+                        size = 0.0 if method == "dense" else sparsity
+                        model = Path(args.source).resolve().name
+                        cell = dict(zip(keys, (model, method, size, seed, rate, args.steps), strict=True))
+                        if tuple(cell.values()) in done:
+                            continue
+                        done.add(tuple(cell.values()))
+                        cells.append(run_cell(args, cell, tasks, held))
+                        if args.rows is not None:
+                            with args.rows.open("a", encoding="utf-8") as handle:
+                                handle.write(json.dumps(cells[-1]) + "\n")
+    # lines of other models or steps may lie in the same file
+    mine = [cell for cell in cells if (cell["model"], cell["steps"]) == (Path(args.source).resolve().name, args.steps)]
+    rows = summarize(mine)
+    table = Table(title=f"{Path(args.source).resolve().name}: mean loss of the tasks, nats a token, {args.steps} steps")
+    for column in ("sparsity", "method", "before", "after", "seeds", "active", "stored"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        shown = [f"{row[w]:.3f} ± {row[w + '_spread']:.3f}" if w in row else "" for w in ("before", "after")]
+        sizes = [f"{row[key]:,}" if key in row else "" for key in ("active", "stored")]
+        table.add_row(f"{row['sparsity']:.0%}", row["name"], *shown, str(row["seeds"]), *sizes)
+    Console(width=120).print(table)
+    print("\n".join(margins(rows)))
     if args.json:
         versions = {"modmoe": modmoe.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        found = {"device": platform.processor() or "cpu", "versions": versions, "settings": vars(args), "rows": rows}
+        device = f"{platform.processor() or 'cpu'}, {os.cpu_count()} cores"
+        found = {"device": device, "date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
         args.json.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
 
 
