@@ -19,6 +19,7 @@ from modmoe.inspection import inspect
 from modmoe.loading import is_tied
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~$])")
+_NAMED_EXPERTS = 12
 
 
 def write_card(directory: Path, result: dict[str, Any], tied: Checkpoint) -> None:
@@ -153,7 +154,10 @@ def _account(directory: Path, result: dict[str, Any], tied: Checkpoint) -> list[
         rows.append(("parameters of the dense model that a token leaves out", f"{sparsity['total']:.1%}"))
     if result["form"] != "dense":
         config = tied.config
-        rows += [("experts", ", ".join(config.get("expert_names") or []) or whole["num_experts"])]
+        names = list(config.get("expert_names") or [])
+        # names of many are numbers, and a list of them says less than how many they are
+        is_short = 0 < len(names) <= _NAMED_EXPERTS
+        rows += [("experts", ", ".join(names) if is_short else whole["num_experts"])]
         rows += [("chosen at once", config.get("num_experts_per_tok"))]
         rows += [("routing", config.get("routing")), ("modules of an expert", config.get("modules_per_expert"))]
     return table(rows)
