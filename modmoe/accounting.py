@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modmoe.checkpoint import Checkpoint, resolve_source
@@ -224,8 +224,19 @@ def count_tied(checkpoint: Checkpoint, layers: Sequence[LayerCounts]) -> Counts:
 
 
 def count_other(checkpoint: Checkpoint) -> Counts:
-    """Return the parameters of a checkpoint that is dense, or a mixture of experts of another format."""
-    return count_sizes(tensor_parameters(checkpoint), *routed_of(checkpoint.config))
+    """Return the parameters of a checkpoint that is dense, or a mixture of experts of another format.
+
+    One whose neurons were pruned is measured against the dense model it came from.
+    """
+    counts = count_sizes(tensor_parameters(checkpoint), *routed_of(checkpoint.config))
+    pruned = checkpoint.config.get("modmoe_pruned")
+    if checkpoint.config.get("modmoe_method") != "prune" or not isinstance(pruned, dict):
+        return counts
+    neurons, before, dense = (pruned.get(key) for key in ("neurons", "neurons_before", "parameters_before"))
+    if not (isinstance(neurons, int) and isinstance(before, int) and isinstance(dense, int) and 0 < neurons <= before):
+        return counts
+    total = 1 - counts.stored / dense if dense > 0 else 0.0
+    return replace(counts, dense=dense, ffn_sparsity=1 - neurons / before, total_sparsity=total)
 
 
 def count_sizes(sizes: Mapping[str, int], num_experts: int, top_k: int) -> Counts:

@@ -1,12 +1,14 @@
 """How much a neuron or a module matters for a task.
 
+    magnitude     |gate_i| + |up_i| + |down_i|              LLM-Pruner's L2 control, https://arxiv.org/abs/2305.11627
     activation    mean |h|                                  Minitron, https://arxiv.org/abs/2407.14679
     wanda         mean_o |down_oi| * sqrt(mean h^2)         Wanda-sp in FLAP, https://arxiv.org/abs/2312.11983
     wifv          var(h) * |down_i|^2                       FLAP, https://arxiv.org/abs/2312.11983
     taylor        mean |h dL/dh|                            LLM-Pruner, https://arxiv.org/abs/2305.11627, on activations
     output_norm   mean |F_j(x)|                             a module's own: the norm of its output
 
-A module's score is the sum over its neurons, but for ``output_norm``.
+|x_i| is a Euclidean norm: of a row of gate and up, of a column of down. ``magnitude`` looks at no text and is the same
+for every task. A module's score is the sum over its neurons, but for ``output_norm``.
 """
 
 # Shapes: P tasks, D model width, F neurons, M modules
@@ -36,6 +38,14 @@ def _sum_rows(down_DF: Tensor, size: Callable[[Tensor], Tensor]) -> Tensor:
     return total_F
 
 
+def _magnitude(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
+    score_F = _sum_rows(weights.down_DF, Tensor.square).sqrt()
+    for rows_FD in (weights.gate_FD, weights.up_FD):
+        if rows_FD is not None:
+            score_F += _sum_rows(rows_FD.T, Tensor.square).sqrt()
+    return score_F.repeat(len(profile.tokens_P), 1)
+
+
 def _activation(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     return profile.abs_PF / _tokens(profile)
 
@@ -60,6 +70,7 @@ def _taylor(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
 
 
 NEURON_SCORES: dict[str, Callable[[ActivationProfile, FFNWeights], Tensor]] = {
+    "magnitude": _magnitude,
     "activation": _activation,
     "wanda": _wanda,
     "wifv": _wifv,

@@ -157,6 +157,17 @@ def test_seriation_keeps_every_used_module_once_and_never_adds_runs(
         assert torch.equal(order_M, seriate(made.membership_EM))
 
 
+def test_seriation_of_many_patterns_tries_a_few_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ASSIGNMENTS["random"](
+        scores(7, 90), names(7), modules_per_expert=40, shared_modules=0, coverage=False, seed=0
+    )
+    all_starts = sum(runs(made.membership_EM[:, seriate(made.membership_EM)]))
+    monkeypatch.setattr("modmoe.convert.assignment._PATH_STEPS", 1)
+    order_M = seriate(made.membership_EM)
+    assert sorted(order_M.tolist()) == torch.nonzero(made.used_M).flatten().tolist()
+    assert sum(runs(made.membership_EM[:, order_M])) < 1.1 * all_starts < 0.5 * sum(runs(made.membership_EM))
+
+
 @pytest.mark.parametrize("core", [0, 2])
 def test_seriation_finds_one_run_an_expert_where_there_is_such_an_order(core: int) -> None:
     for seed in range(5):

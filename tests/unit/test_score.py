@@ -19,7 +19,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 TASKS = [torch.randn(tokens, NEURONS, generator=GENERATOR, dtype=torch.float64) for tokens in (5, 9)]
 SLOPES = [torch.randn(h_TF.shape, generator=GENERATOR, dtype=torch.float64) for h_TF in TASKS]
 DOWN_DF = torch.randn(6, NEURONS, generator=GENERATOR, dtype=torch.float64)
-WEIGHTS = FFNWeights(None, torch.zeros(NEURONS, 6), DOWN_DF)
+UP_FD = torch.randn(NEURONS, 6, generator=GENERATOR, dtype=torch.float64)
+WEIGHTS = FFNWeights(None, UP_FD, DOWN_DF)
 PARTITION = Partition(torch.randperm(NEURONS, generator=GENERATOR) % MODULES, MODULES)
 
 
@@ -48,6 +49,8 @@ def profile(gradients: bool = True, norms: bool = True) -> ActivationProfile:
 
 def by_hand(method: str, task: int, neuron: int) -> float:
     h_T = TASKS[task][:, neuron]
+    if method == "magnitude":
+        return float(UP_FD[neuron].norm() + DOWN_DF[:, neuron].norm())
     if method == "activation":
         return float(h_T.abs().mean())
     if method == "wanda":
