@@ -15,6 +15,8 @@ EPILOG = flags.examples(
     "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt --active-fraction 0.5",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
+    "modmoe convert ./dense ./moe --method cmoe --num-modules 8 --active-fraction 0.75 --task math=math.jsonl",
+    "modmoe convert ./dense ./pruned --method prune --score wifv --compensation --task math=math.jsonl",
     "modmoe convert ./mixtral ./smaller --method experts --num-experts 4 --task math=math.jsonl",
     "modmoe convert ./model ./adapter --method adapters --adapter comol --budget 1000000",
 )
@@ -26,7 +28,11 @@ def convert(
     task: flags.Task = None,
     recipe: flags.RecipeFile = None,
     method: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="The conversion: modular, experts or adapters.")
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="The conversion: modular; cmoe, moefication, emoe or llama_moe; prune, experts or adapters.",
+        ),
     ] = None,
     tokens: flags.Tokens = None,
     num_modules: flags.NumModules = None,
@@ -35,7 +41,10 @@ def convert(
     ] = None,
     modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert.")] = None,
     active_fraction: Annotated[
-        float | None, typer.Option(help="Share of the modules that each expert has, instead.")
+        float | None,
+        typer.Option(
+            help="Share of the modules that each expert has, instead; with --method prune of the neurons kept."
+        ),
     ] = None,
     fit_bytes: Annotated[
         str | None,
@@ -101,6 +110,13 @@ def convert(
 
     FFN neurons are cut into disjoint modules, and each expert is a set of modules that it may share with others. Every
     module is stored once.
+
+    With --method cmoe, moefication, emoe or llama_moe it is a published split: every module is an expert of its own,
+    chosen token by token, and --active-fraction of the modules are on (CMoE: half of these for every token, or
+    --shared-modules of them).
+
+    With --method prune the FFNs are cut to --active-fraction of their neurons, those of the highest --score (magnitude,
+    wanda, wifv, taylor, activation, random), and a dense checkpoint of the same architecture is written.
 
     With --method experts the source is a mixture of experts (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, FlexOlmo): experts
     of a low --score (reap, frequency, activation, msan, contribution, random) are left out, or experts of like outputs

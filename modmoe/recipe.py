@@ -49,7 +49,7 @@ class AssignmentRecipe:
     method: str = "top_score"
     """A name in modmoe.convert.ASSIGNMENTS, or greedy, tokens or modules (see modmoe.convert.from_outputs)."""
     score: str = "wanda"
-    """Importance of a module for a task: activation, wanda, taylor or output_norm."""
+    """Importance of a module for a task: magnitude, activation, wanda, wifv, taylor or output_norm."""
     num_experts: int | None = None
     """Experts; None means one a task. With one task they are clusters of its sequences."""
     modules_per_expert: int | None = None
@@ -147,7 +147,8 @@ class Recipe:
     source: str | None = None
     """A local directory or a Hub id of the dense checkpoint."""
     method: str = "modular"
-    """modular; experts, to prune or merge those of a mixture of experts; adapters, to attach routed adapters."""
+    """modular; cmoe, moefication, emoe or llama_moe, the published splits; prune, to cut neurons; experts, to prune or
+    merge those of a mixture; adapters, to attach some."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task name to file; the name becomes the expert's name where experts are tasks."""
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -221,6 +222,14 @@ class Recipe:
                 raise RecipeError(f"tasks: '{name}' is no usable name; use letters, digits, '_', '-' and '.'.")
 
 
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cmoe": {"router.kind": "mlp"},
+    "moefication": {"router.kind": "mlp"},
+    "llama_moe": {"router.kind": "mlp", "router.combine": "sum", "partition.method": "random"},
+}
+"""Where a method's defaults are others than the recipe's."""
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked.
 
@@ -246,11 +255,14 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from dotted keys such as ``partition.num_modules``; None leaves the default.
+    """Build a recipe from dotted keys such as ``partition.num_modules``; None leaves the method's default.
 
     Raises RecipeError for an unknown key (with the nearest right one) or a value of the wrong type.
     """
     tree: dict[str, Any] = {}
+    defaults = METHOD_DEFAULTS.get(str(values.get("method")), {})
+    given = {key for key, value in values.items() if value is not None}
+    values = {**values, **{key: value for key, value in defaults.items() if key not in given}}
     for key, value in values.items():
         if value is None:
             _check_key(key)

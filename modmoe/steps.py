@@ -170,13 +170,14 @@ def convert(
     progress: Progress | None = None,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Convert a dense checkpoint into a parameter-sharing mixture of experts, or reduce one; whole or not at all.
+    """Convert a dense checkpoint into a parameter-sharing mixture of experts, or prune either; whole or not at all.
 
     ``fit_bytes`` chooses the most modules an expert may have so that the checkpoint's weights fit, whatever the overlap
     of the experts turns out to be. Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it
     will cost.
     """
     resolved = resolve_recipe("convert", source, recipe, keywords)
+    options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision, "progress": progress}
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.method != "adapters":
             raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
@@ -188,30 +189,28 @@ def convert(
         places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
         resolved = resolve_recipe("convert", source, recipe, places)
         _need_source_and_tasks("convert", resolved)
-        options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision}
-        options |= {"prove": verify, "write_card": write_experts_card, "progress": progress}
-        return reduce_experts(resolved, _output("convert", output), **options)
+        return reduce_experts(
+            resolved, _output("convert", output), prove=verify, write_card=write_experts_card, **options
+        )
     if resolved.method == "adapters":
-        return _attach(resolved, output, keywords, fit_bytes, overwrite, dry_run, revision, progress)
+        return _attach(resolved, output, keywords, fit_bytes, **options)
     _need_source_and_tasks("convert", resolved)
+    if resolved.method == "prune":
+        from modmoe.convert.prune import check_flags
+
+        check_flags({**keywords, "fit_bytes": fit_bytes, "report": report})
     if fit_bytes is not None:
         if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
             raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
+        if resolved.method != "modular":
+            raise RecipeError(f"--fit-bytes: {resolved.method} keeps every module; leave it out.")
         from modmoe.accounting import modules_that_fit
 
         modules = modules_that_fit(resolved, fit_bytes, revision=revision)
         resolved = resolve_recipe("convert", resolved, None, {"modules_per_expert": modules})
     from modmoe.convert.run import convert as run
 
-    return run(
-        resolved,
-        _output("convert", output),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        revision=revision,
-        report=report,
-        progress=progress,
-    )
+    return run(resolved, _output("convert", output), report=report, **options)
 
 
 def _attach(
@@ -219,10 +218,7 @@ def _attach(
     output: str | Path | None,
     keywords: Mapping[str, Any],
     fit_bytes: int | None,
-    overwrite: bool,
-    dry_run: bool,
-    revision: str | None,
-    progress: Progress | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
     if recipe.source is None:
@@ -233,9 +229,7 @@ def _attach(
     recipe = resolve_recipe("convert", recipe, None, {"adapter_settings": {**recipe.adapter.settings, **counts}})
     from modmoe.convert.adapters import attach_adapters
 
-    return attach_adapters(
-        recipe, _output("convert", output), overwrite=overwrite, dry_run=dry_run, revision=revision, progress=progress
-    )
+    return attach_adapters(recipe, _output("convert", output), **options)
 
 
 def finetune(

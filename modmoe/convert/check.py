@@ -7,7 +7,9 @@ from modmoe.analyze.score import SCORES
 from modmoe.convert.assignment import ASSIGNMENTS
 from modmoe.convert.experts import SCORES as EXPERT_SCORES
 from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
-from modmoe.convert.run import METHODS, check_experts
+from modmoe.convert.prune import SCORES as NEURON_SCORES
+from modmoe.convert.run import METHODS, check_experts, settle
+from modmoe.convert.splits import SPLITS
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.families import family_of
 from modmoe.recipe import Recipe
@@ -22,7 +24,7 @@ def check_recipe(recipe: Recipe) -> None:
     for place, name, known in (
         ("method", recipe.method, METHODS),
         ("assignment.method", recipe.assignment.method, (*ASSIGNMENTS, *OUTPUT_ASSIGNMENTS)),
-        ("assignment.score", recipe.assignment.score, tuple(SCORES)),
+        ("assignment.score", recipe.assignment.score, NEURON_SCORES if recipe.method == "prune" else tuple(SCORES)),
         ("experts.score", recipe.experts.score, tuple(EXPERT_SCORES)),
     ):
         if name not in known:
@@ -39,3 +41,5 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError("experts.num_experts: is not given; say how many experts each layer keeps.")
     if recipe.tasks and recipe.method == "modular":
         check_experts(recipe)
+    if recipe.method in SPLITS:
+        check_experts(settle(recipe))

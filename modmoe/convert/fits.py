@@ -17,6 +17,15 @@ _MOST_PROBABILITY = 0.8
 _MLP_STEPS = 300
 
 
+def hold_out(sequence_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the rows to fit and those to judge by: a fifth of the sequences, whole, since rows of one are alike."""
+    names = torch.unique(sequence_N)
+    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
+    is_held_N = torch.isin(sequence_N, names[: len(names) // 5])
+    fit_N = torch.nonzero(~is_held_N).flatten()
+    return fit_N, torch.nonzero(is_held_N).flatten() if bool(is_held_N.any()) else fit_N
+
+
 def fit_logistic(x_ND: Tensor, best_N: Tensor, stake_N: Tensor, experts: int) -> Tensor:
     """Return weight_ED: multinomial logistic regression without intercept."""
     from sklearn.exceptions import ConvergenceWarning

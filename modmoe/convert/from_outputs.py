@@ -114,10 +114,7 @@ def assign_modules(
     seed: int = 0,
 ) -> Assignment:
     """Return an expert for each module that is not shared."""
-    order_M = eliminate(outputs.gram_PMM().mean(0))
-    shared, own = order_M[:shared_modules], order_M[shared_modules:].sort().values
-    order_ER = torch.cat([shared.expand(len(own), -1), own.unsqueeze(1)], 1)
-    return _of_ranking(order_ER, len(order_M), number_names(len(own)))
+    return single_modules(eliminate(outputs.gram_PMM().mean(0)), shared_modules)
 
 
 OUTPUT_ASSIGNMENTS: dict[str, OutputAssigner] = {
@@ -126,6 +123,13 @@ OUTPUT_ASSIGNMENTS: dict[str, OutputAssigner] = {
     "modules": assign_modules,
 }
 """Name to the way of choosing experts by what modules put out, layer after layer."""
+
+
+def single_modules(order_M: Tensor, shared_modules: int) -> Assignment:
+    """Return an expert for each module but the first of ``order_M``, which all of them have."""
+    shared, own = order_M[:shared_modules], order_M[shared_modules:].sort().values
+    order_ER = torch.cat([shared.expand(len(own), -1), own.unsqueeze(1)], 1)
+    return _of_ranking(order_ER, len(order_M), number_names(len(own)))
 
 
 def number_names(count: int) -> tuple[str, ...]:

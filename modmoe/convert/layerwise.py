@@ -22,7 +22,7 @@ from modmoe.analyze.modules import Partition
 from modmoe.analyze.stream import Turn, count_tokens, draw_positions, starts_of
 from modmoe.convert.assignment import Assignment
 from modmoe.convert.outputs import ModuleOutputs, module_outputs
-from modmoe.convert.routers import RouterStart, fit_router, route
+from modmoe.convert.routers import RouterStart, fit_router, judge, route
 from modmoe.ffn import FFNWeights
 from modmoe.recipe import Recipe
 
@@ -42,6 +42,8 @@ class LayerFit:
     """Its router, and the means of skipped modules."""
     down_DF: Tensor | None = None
     """float32; the down projection fitted anew, neurons in the dense order; None where it stays."""
+    partition: Partition | None = None
+    """Its modules where they were made with the fit; None where they are the analysis'."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +62,8 @@ class Rows:
 
 Assign = Callable[[int, ModuleOutputs], Assignment]
 """Called with a layer and its module outputs."""
+SplitLayer = Callable[[Rows, Partition, FFNWeights, Recipe], LayerFit]
+"""Called with a layer's rows, its modules, its weights and the settled recipe; what it returns has no repairs yet."""
 
 
 def fit_layers(
@@ -70,6 +74,7 @@ def fit_layers(
     assign: Assign,
     recipe: Recipe,
     progress: Callable[[int], None] | None = None,
+    split: SplitLayer | None = None,
 ) -> list[LayerFit]:
     """Fit every layer in turn; three passes a layer, two where nothing is compensated or refitted.
 
@@ -81,6 +86,7 @@ def fit_layers(
         assign: chooses experts.
         recipe: its router and assignment.
         progress: called with tokens that are done; they add up to all tokens.
+        split: makes experts and router, and modules if it likes, instead of ``assign`` and the recipe's router start.
 
     Raises:
         CalibrationError: a task has no tokens.
@@ -100,20 +106,36 @@ def fit_layers(
     for stage in runner.stages(batches):
         weights, partition = ffns[stage.layer], partitions[stage.layer]
         rows = collect_rows(stage, recipe.seed, count)
+        fit = None if split is None else split(rows, partition, weights, recipe)
+        partition = partition if fit is None or fit.partition is None else fit.partition
         is_centred = recipe.router.compensation
         outputs = module_outputs(rows.hidden_NF, weights.down_DF, partition, rows.task_N, is_centred=is_centred)
-        assignment = assign(stage.layer, outputs)
-        start = RouterStart()
-        if recipe.router.routing != "task":
-            start = fit_router(
-                rows.x_ND, outputs, rows.sequence_N, weights, assignment, partition, recipe.router, recipe.seed
-            )
-        fit = LayerFit(assignment, start)
+        if fit is None:
+            fit = _choose(stage.layer, rows, outputs, weights, partition, assign, recipe)
+        else:
+            args = (rows.x_ND, outputs, rows.sequence_N, fit.assignment, recipe.router.top_k, recipe.seed)
+            fit = replace(fit, start=judge(fit.start, *args))
         if repairs:
             fit = _repair(stage, fit, weights, partition, recipe, count)
         _go_on(stage, fit, weights, partition, recipe, count)
         fitted.append(fit)
     return fitted
+
+
+def _choose(
+    layer: int,
+    rows: Rows,
+    outputs: ModuleOutputs,
+    weights: FFNWeights,
+    partition: Partition,
+    assign: Assign,
+    recipe: Recipe,
+) -> LayerFit:
+    assignment = assign(layer, outputs)
+    if recipe.router.routing == "task":
+        return LayerFit(assignment, RouterStart())
+    start = fit_router(rows.x_ND, outputs, rows.sequence_N, weights, assignment, partition, recipe.router, recipe.seed)
+    return LayerFit(assignment, start)
 
 
 def collect_rows(stage: Stage, seed: int, progress: Callable[[int], None] | None = None) -> Rows:
@@ -159,6 +181,16 @@ def coefficients_TM(fit: LayerFit, x_TD: Tensor, task: int, recipe: Recipe) -> T
         weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
         return torch.einsum("tk,tkm->tm", weights_TK, member_EM[ids_TK])
     return member_EM[ids_TK].amax(1)
+
+
+def solve_held(gram_FF: Tensor, cross_FD: Tensor, neurons: int) -> Tensor:
+    """Return change_FD, the least squares of what is missing, held to zero; ``gram_FF`` is added to.
+
+    The ridge is in proportion to the mean square of the first ``neurons`` columns.
+    """
+    ridge = _RIDGE * gram_FF.diagonal()[:neurons].mean().clamp_min(1e-30)
+    gram_FF.diagonal().add_(ridge)
+    return torch.cholesky_solve(cross_FD, torch.linalg.cholesky(gram_FF))
 
 
 def _repair(
@@ -211,9 +243,7 @@ def _repair(
         if means_MD is not None:
             # the least squares begin at the means
             cross_FD = cross_FD - gram_FF[:, neurons:] @ means_MD
-        ridge = _RIDGE * gram_FF.diagonal()[:neurons].mean().clamp_min(1e-30)
-        gram_FF.diagonal().add_(ridge)
-        change_FD = torch.cholesky_solve(cross_FD, torch.linalg.cholesky(gram_FF))
+        change_FD = solve_held(gram_FF, cross_FD, neurons)
         new_DF = (down_DF.double() + change_FD[:neurons].T).float()
         if means_MD is not None:
             means_MD = means_MD + change_FD[neurons:]

@@ -35,7 +35,7 @@ from modmoe.analyze.calibration import Batch
 from modmoe.analyze.modules import Partition
 from modmoe.analyze.stream import Runner, Turn, count_tokens, draw_positions, starts_of, turns_of
 from modmoe.convert.assignment import Assignment
-from modmoe.convert.fits import centroids, fit_logistic, fit_mlp, fit_ridge, fit_values, hidden_width, soften
+from modmoe.convert.fits import centroids, fit_logistic, fit_mlp, fit_ridge, fit_values, hidden_width, hold_out, soften
 from modmoe.convert.outputs import ModuleOutputs
 from modmoe.ffn import FFNWeights
 from modmoe.recipe import RouterRecipe
@@ -63,6 +63,11 @@ class RouterStart:
     recovered: float = 1.0
     """Of the squared error that one expert for all has over the best expert of each row, the share that the router
     saves on rows kept out of the fit: 1 is a perfect router, below 0 is worse than one expert for all."""
+
+    @classmethod
+    def of(cls, fitted: tuple[Tensor, ...]) -> RouterStart:
+        """Return the start of one matrix, weight_ED, or of two, hidden_HD and output_EH."""
+        return cls(fitted[0]) if len(fitted) == 1 else cls(hidden_HD=fitted[0], output_EH=fitted[1])
 
 
 def start_routers(
@@ -135,22 +140,33 @@ def fit_router(
 ) -> RouterStart:
     """Return the router of one layer, fitted to the rows whose module outputs are known.
 
-    Where several experts are chosen at once the best single one says little: the router then learns how much each
-    expert's own modules put out, on the scale of the root.
+    Where a union of several is chosen the best single one says little: with ``logistic`` the router then learns how
+    much each expert's own modules put out, on the scale of the root.
     """
+    member_EM, is_union = assignment.membership_EM, router.top_k > 1 and router.combine == "union"
+    if is_union and router.start == "logistic":
+        fit_N, _ = hold_out(sequence_N, seed)
+        value_NE = _own_values(outputs, member_EM)[fit_N]
+        start = RouterStart.of(fit_values(x_ND[fit_N], value_NE, router.kind, seed))
+    else:
+        start = _fit(x_ND, outputs.errors_NE(member_EM), sequence_N, weights, assignment, partition, router, seed)
+    return judge(start, x_ND, outputs, sequence_N, assignment, router.top_k, seed) if is_union else start
+
+
+def judge(
+    start: RouterStart,
+    x_ND: Tensor,
+    outputs: ModuleOutputs,
+    sequence_N: Tensor,
+    assignment: Assignment,
+    top_k: int,
+    seed: int,
+) -> RouterStart:
+    """Return the start with how well it finds the experts whose own modules put out most, on rows kept out of fits."""
     member_EM = assignment.membership_EM
-    if router.top_k == 1 or router.combine == "sum":
-        return _fit(x_ND, outputs.errors_NE(member_EM), sequence_N, weights, assignment, partition, router, seed)
-    own_EM = (member_EM & ~member_EM.all(0)).float()
-    value_NE = (outputs.value_NM() @ own_EM.T).sqrt()
-    fit_N, held_N = _hold_out(sequence_N, seed)
-    fitted = fit_values(x_ND[fit_N], value_NE[fit_N], router.kind, seed)
-    start = (
-        RouterStart(weight_ED=fitted[0]) if len(fitted) == 1 else RouterStart(hidden_HD=fitted[0], output_EH=fitted[1])
-    )
-    logits_NE = route(start, x_ND[held_N])
-    top_k = router.top_k
-    chosen_NK, best_NK = logits_NE.topk(top_k, 1).indices, value_NE[held_N].topk(top_k, 1).indices
+    value_NE = _own_values(outputs, member_EM)
+    fit_N, held_N = hold_out(sequence_N, seed)
+    chosen_NK, best_NK = (values.topk(top_k, 1).indices for values in (route(start, x_ND[held_N]), value_NE[held_N]))
     one_NK = value_NE[fit_N].square().mean(0).topk(top_k).indices.expand_as(chosen_NK)
     gram_NMM = outputs.gram_NMM[held_N]
     error = [_union_error(gram_NMM, member_EM, ids_NK) for ids_NK in (chosen_NK, best_NK, one_NK)]
@@ -162,6 +178,11 @@ def fit_router(
     )
 
 
+def _own_values(outputs: ModuleOutputs, member_EM: Tensor) -> Tensor:
+    own_EM = (member_EM & ~member_EM.all(0)).float()
+    return (outputs.value_NM() @ own_EM.T).sqrt()
+
+
 def _union_error(gram_NMM: Tensor, member_EM: Tensor, ids_NK: Tensor) -> float:
     skipped_NM = 1 - member_EM[ids_NK].any(1).to(gram_NMM.dtype)
     return float(torch.einsum("nij,ni,nj->n", gram_NMM, skipped_NM, skipped_NM).double().sum())
@@ -170,15 +191,6 @@ def _union_error(gram_NMM: Tensor, member_EM: Tensor, ids_NK: Tensor) -> float:
 def _same(one_NK: Tensor, two_NK: Tensor) -> float:
     """Return the share of choices that are among the others."""
     return float((one_NK.unsqueeze(2) == two_NK.unsqueeze(1)).any(2).float().mean())
-
-
-def _hold_out(sequence_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the rows to fit and those to judge by: a fifth of the sequences, whole, since rows of one are alike."""
-    names = torch.unique(sequence_N)
-    names = names[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
-    is_held_N = torch.isin(sequence_N, names[: len(names) // 5])
-    fit_N = torch.nonzero(~is_held_N).flatten()
-    return fit_N, torch.nonzero(is_held_N).flatten() if bool(is_held_N.any()) else fit_N
 
 
 def route(start: RouterStart, x_ND: Tensor) -> Tensor:
@@ -294,7 +306,7 @@ def _fit(
     """Fit on four fifths of the sequences, choose the scale, and judge the router on the last fifth."""
     experts = error_NE.shape[1]
     best_N = error_NE.argmin(1)
-    fit_N, held_N = _hold_out(sequence_N, seed)
+    fit_N, held_N = hold_out(sequence_N, seed)
     two_NK = error_NE.topk(min(2, experts), dim=1, largest=False).values
     # the root: a few tokens have nearly all of the error and would decide alone
     stake_N = (two_NK[:, -1] - two_NK[:, 0]).sqrt()

@@ -28,6 +28,7 @@ from modmoe.analyze.run import (
     silent,
     tokens_by_task,
 )
+from modmoe.analyze.score import module_scores
 from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
 from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.code import write_code
@@ -37,12 +38,13 @@ from modmoe.convert.modular import modular_plan
 from modmoe.convert.outputs import ModuleOutputs
 from modmoe.convert.proof import verify_all_on
 from modmoe.convert.routers import RouterStart, start_routers
+from modmoe.convert.splits import SPLITS, settle_split
 from modmoe.errors import PartitionError, RecipeError, did_you_mean
 from modmoe.inspection import inspect
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
-METHODS = ("modular", "experts", "adapters")
+METHODS = ("modular", *SPLITS, "prune", "experts", "adapters")
 
 
 @ranks.joined()
@@ -56,7 +58,7 @@ def convert(
     report: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Turn a dense checkpoint into a parameter-sharing MoE at ``output``, whole or not at all.
+    """Turn a dense checkpoint into a parameter-sharing MoE at ``output``, or prune its neurons; whole or not at all.
 
     Processes that torchrun or accelerate launch started share the text and the layers. The first alone writes, and the
     others return no more than where.
@@ -72,6 +74,10 @@ def convert(
     started_s = time.monotonic()
     if recipe.method not in METHODS:
         raise RecipeError(f"method: no method '{recipe.method}'.{did_you_mean(recipe.method, METHODS)}")
+    if recipe.method == "prune":
+        from modmoe.convert.prune import prune  # it needs what is below
+
+        return prune(recipe, output, overwrite=overwrite, dry_run=dry_run, revision=revision, progress=progress)
     check_output(output, overwrite=overwrite)
     recipe = settle(recipe)
     check_experts(recipe)
@@ -82,6 +88,7 @@ def convert(
         analysis = analyze_source(recipe, source, progress, directory)
         if fits_layerwise(recipe):
             fits = _fit_layerwise(recipe, analysis, directory, progress)
+            analysis = with_partitions(analysis, recipe, fits)
         else:
             assignments = make_assignments(recipe, analysis)
             starts = _start_routers(recipe, analysis, assignments, progress)
@@ -156,6 +163,8 @@ def check_experts(recipe: Recipe) -> None:
 
 def settle(recipe: Recipe) -> Recipe:
     """Return the recipe with what follows from it: where the router chooses modules, how many it chooses."""
+    if recipe.method in SPLITS:
+        recipe = settle_split(recipe)
     wanted = recipe.assignment
     if wanted.method != "modules":
         return recipe
@@ -188,18 +197,22 @@ def fits_layerwise(recipe: Recipe) -> bool:
     return recipe.assignment.method in OUTPUT_ASSIGNMENTS or recipe.assignment.refit
 
 
+def layered(recipe: Recipe, analysis: Analysis, scratch: Path) -> ByLayer:
+    """Return what runs the analysed model one layer at a time, its hidden states on the disk of ``scratch``."""
+    source, runner = analysis.source, analysis.runner
+    if isinstance(runner, ByLayer):
+        return runner
+    return ByLayer(
+        source.checkpoint,
+        source.family,
+        device=next(runner.model.parameters()).device,
+        scratch=scratch,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
 def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: Progress) -> list[LayerFit]:
-    source, names = analysis.source, tuple(analysis.batches)
-    runner = analysis.runner
-    if not isinstance(runner, ByLayer):
-        runner = ByLayer(
-            source.checkpoint,
-            source.family,
-            device=next(runner.model.parameters()).device,
-            scratch=scratch,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-    wanted = recipe.assignment
+    names, wanted = tuple(analysis.batches), recipe.assignment
 
     def assign(layer: int, outputs: ModuleOutputs) -> Assignment:
         if wanted.method in ASSIGNMENTS:
@@ -216,14 +229,26 @@ def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: 
 
     total = sum(tokens_by_task(analysis.batches).values())
     return fit_layers(
-        runner,
+        layered(recipe, analysis, scratch),
         analysis.batches,
         analysis.ffns,
         analysis.partitions,
         assign,
         recipe,
         counter(progress, "fitting layers, tokens", total),
+        SPLITS[recipe.method].split if recipe.method in SPLITS else None,
     )
+
+
+def with_partitions(analysis: Analysis, recipe: Recipe, fits: list[LayerFit]) -> Analysis:
+    """Return the analysis with the modules, and their scores, that were made with the fits."""
+    if fits[0].partition is None:
+        return analysis
+    partitions = [fit.partition or partition for fit, partition in zip(fits, analysis.partitions, strict=True)]
+    score = recipe.assignment.score
+    scored = zip(analysis.profiles, analysis.ffns, partitions, strict=True)
+    scores_PM = [module_scores(score, *layer) for layer in scored]
+    return replace(analysis, partitions=partitions, scores_PM=scores_PM)
 
 
 def make_assignments(recipe: Recipe, analysis: Analysis) -> list[Assignment]:

@@ -205,7 +205,10 @@ def _check_converted(source: str, directory: Path, form: str, is_approximate: bo
     if form == "adapter":
         raise ExportError(f"{source}: has no adapter; adapters come from `modmoe convert --method adapters`.")
     if not is_tied(directory):
-        raise ExportError(f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote.")
+        raise ExportError(
+            f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote. A dense one, "
+            "pruned or not, needs no export: the directory loads as it is."
+        )
     if is_approximate:
         raise ExportError("approximate: folds an adapter, and this is none; leave --approximate and --task out.")
 

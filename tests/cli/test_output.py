@@ -156,7 +156,8 @@ def test_recipes_and_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         shown = json.loads(capsys.readouterr().out)
         assert shown["ok"] is True
         method = "adapters" if shown["recipe"]["adapter"]["method"] else "experts" if "experts" in name else "modular"
-        assert shown["recipe"]["method"] == method
+        peers = {name: name for name in ("cmoe", "emoe", "moefication")} | {"llama-moe": "llama_moe", "flap": "prune"}
+        assert shown["recipe"]["method"] == peers.get(name, method)
 
 
 def test_a_validated_recipe_is_itself_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

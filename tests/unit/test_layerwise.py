@@ -70,6 +70,7 @@ CASES = [
     ("llama", {"router.top_k": 2, "router.combine": "sum"}),
     ("qwen2", {"router.kind": "mlp", "assignment.refit": False}),
     ("llama", {"router.compensation": False}),
+    ("llama", {"method": "cmoe", "assignment.method": "modules"}),
 ]
 
 
@@ -151,6 +152,17 @@ def test_refit_is_the_least_squares_solution(tmp_path: Path, seen: dict[str, Any
     stored_DF = Checkpoint(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
     kinds = {tuple(column.tolist()) for column in fit.down_DF.T}
     assert all(tuple(column.tolist()) in kinds for column in stored_DF.T)
+
+
+def test_a_router_that_picks_modules_starts_as_it_is_told(tmp_path: Path, seen: dict[str, Any]) -> None:
+    weights = {}
+    for start in ("logistic", "centroid", "zero"):
+        more = {"assignment.method": "modules", "router.start": start}
+        convert(settings(tmp_path / start, "llama", **more), str(tmp_path / start / "out"))
+        weights[start] = seen["fits"][0].start.weight_ED
+    assert not weights["zero"].any()
+    assert weights["centroid"].any() and weights["logistic"].any()
+    assert not torch.equal(weights["centroid"], weights["logistic"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""LLaMA-MoE: neurons dealt out at random, experts weighted by a router that begins with nothing known.
+
+LLaMA-MoE, https://arxiv.org/abs/2406.16554, sections 3 and 4; their released models have the random split
+
+    experts = neurons in random order, in equal parts                 independent, random
+    y = E / k * sum_{e in top_k} softmax_e(s(x)) E_e(x),    s(x) = W2 tanh(W1 x)
+
+What differs    published                               here
+W1, W2          drawn, tanh                             drawn, ReLU: a tied model's router has no other
+E / k           on the sum                              in the down projection, so all modules on are E / k dense FFNs
+noise of s(x)   while training                          left out
+clusters        k-means of up or gate rows              ``partition.method`` kmeans: gate rows
+independent,    neurons to experts by what gradients    left out
+by gradient     over clusters of text say
+sharing-inner,  each cluster's own best neurons, with   left out; ``method`` modular with ``assignment.score`` taylor
+sharing-inter   or without a part that all share        chooses modules so, and ``shared_modules`` is that part
+num_experts     8 or 16, 2 or 4 of them chosen          ``num_modules``, and ``active_fraction`` of them
+"""
+
+# Shapes: D model width, F neurons, E experts, H hidden width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modmoe.analyze.modules import Partition
+from modmoe.convert.from_outputs import single_modules
+from modmoe.convert.layerwise import LayerFit, Rows
+from modmoe.convert.routers import RouterStart
+from modmoe.ffn import FFNWeights
+from modmoe.recipe import Recipe
+
+
+def split_llama_moe(rows: Rows, partition: Partition, weights: FFNWeights, recipe: Recipe) -> LayerFit:
+    """Return an expert for each module of the partition, a router drawn at random and ``down`` times E / k.
+
+    See ``SplitLayer``.
+    """
+    experts = partition.num_modules
+    draw = torch.Generator().manual_seed(recipe.seed)
+
+    def linear(outputs: int, inputs: int) -> Tensor:
+        return torch.empty(outputs, inputs).uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
+
+    start = RouterStart(hidden_HD=linear(experts, rows.x_ND.shape[1]), output_EH=linear(experts, experts))
+    down_DF = weights.down_DF.detach().float().cpu() * (experts / recipe.router.top_k)
+    return LayerFit(single_modules(torch.arange(experts), 0), start, down_DF)
