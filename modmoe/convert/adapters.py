@@ -49,6 +49,8 @@ def attach_adapters(
     model: Any = load(source, trust_remote_code=recipe.trust_remote_code, device="cpu")
     if hasattr(model, "set_ffn_way"):
         model.set_ffn_way("masked")  # the way that adapters inside its FFNs need, so that nothing else differs
+        if model.config.routing == "task" and model.config.default_expert is None:
+            model.set_expert(model.config.expert_names[0])  # any will do for the comparison below
     # some tokens spread over the vocabulary, always the same
     ids_BT = (torch.arange(24).reshape(2, 12) * 7919 + 13) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():

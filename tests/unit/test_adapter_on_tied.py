@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+import modmoe
 from modmoe.adapters import CONFIGS
 from modmoe.errors import AdapterError
 from tests.adapted import base_model, config_for, logits_of, shake, token_ids
+from tests.planned import write_tied
 from tests.tied import tied_model
 
 NEED_EXPERTS = ("perft_e", "expert_lora", "mixlora")
@@ -80,3 +82,9 @@ def test_adapters_of_a_linear_layer_learn_on_a_modular_moe() -> None:
 def test_methods_that_need_experts_of_their_own_are_refused_in_one_line(method: str) -> None:
     with pytest.raises(AdapterError, match=rf"\A(?=.*{method})[^\n]*\Z"):
         get_peft_model(tied(), config_for(method))
+
+
+def test_a_model_routed_by_task_takes_an_adapter_without_an_expert_named(tmp_path: Path) -> None:
+    _, tied_directory = write_tied(tmp_path, routing="task")
+    made = modmoe.convert(str(tied_directory), str(tmp_path / "out"), method="adapters", adapter="perft_r")
+    assert made["verified"]["max_abs_logit_diff"] == 0
