@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -87,6 +87,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules, router from zero": {**_ROUTED, "router.start": "zero"},
 }
 OURS = ("tasks, top_score", "tasks, greedy, refit", "tokens 16, refit", "modules", "modules, refit")
+Halves: TypeAlias = dict[str, dict[str, str]]
+"""Half to task to file."""
 PEERS = ("prune", "seap", "cmoe", "moefication", "emoe", "llama_moe")
 
 
@@ -156,30 +158,32 @@ def run_cell(args: argparse.Namespace, cell: dict[str, Any], tasks: Any, held_ou
     return {**cell, **found, "cpu_s": round(time.process_time() - started_s, 1)}
 
 
-def measure(model: str, held_out: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return loss and bits per byte of each task's halves."""
-    found = evaluate(
-        model,
-        held_out,
-        tokens=args.eval_tokens,
-        sequence_length=args.sequence_length,
-        trust_remote_code=args.trust_remote_code,
-    )
-    return {
-        task: {"loss": values["loss"], "bits_per_byte": values["bits_per_byte"]}
-        for task, values in found["tasks"].items()
-    }
-
-
-def halves(tasks: dict[str, str], directory: Path) -> dict[str, str]:
-    """Write each task's held-out rows as two files, and return them as tasks NAME.choose and NAME.tell."""
+def measure(model: str, held_out: Halves, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return loss and bits per byte of each task's halves, as TASK.choose and TASK.tell."""
     made = {}
+    for half, files in held_out.items():
+        # by the tasks' own names, which a model routed by task goes by
+        found = evaluate(
+            model,
+            files,
+            tokens=args.eval_tokens,
+            sequence_length=args.sequence_length,
+            trust_remote_code=args.trust_remote_code,
+        )
+        for task, values in found["tasks"].items():
+            made[f"{task}.{half}"] = {"loss": values["loss"], "bits_per_byte": values["bits_per_byte"]}
+    return made
+
+
+def halves(tasks: dict[str, str], directory: Path) -> Halves:
+    """Write each task's held-out rows as two files, to choose by and to tell."""
+    made: Halves = {"choose": {}, "tell": {}}
     for task, file in tasks.items():
         rows = list(load_task(task, file))
-        for number, half in enumerate(("choose", "tell")):
+        for number, half in enumerate(made):
             path = directory / f"{task}.{half}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows[number::2]), encoding="utf-8")
-            made[f"{task}.{half}"] = str(path)
+            made[half][task] = str(path)
     return made
 
 

@@ -85,6 +85,8 @@ def empty_layer(width: int, size: int, member_ES: Tensor, routing: str, expert: 
         ffn_dropout=0.0,
         router_hidden=0,
         compensation=False,
+        left_out_means=False,
+        shared_modules=0,
     )
     with torch.device("meta"):
         ffn = ModularFFN(config, 0, RoutingState([str(number) for number in range(experts)], expert=expert))
