@@ -144,20 +144,7 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
     directory = source.checkpoint.directory
     runner = open_runner(recipe, source, scratch, progress)
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
-    calibration = recipe.calibration
-    batches = {}
-    for number, (name, rows) in enumerate(source.texts.items()):
-        progress("tokenizing, tasks", number, len(source.texts))
-        batches[name] = token_batches(
-            tokenizer,
-            name,
-            rows,
-            tokens=calibration.tokens,
-            sequence_length=calibration.sequence_length,
-            batch_size=calibration.batch_size,
-            seed=recipe.seed,
-        )
-    progress("tokenizing, tasks", len(source.texts), len(source.texts))
+    batches = tokenize(recipe, source.texts, tokenizer, progress)
     clusters = recipe.assignment.num_experts
     if (
         recipe.assignment.method not in ("tokens", "modules")
@@ -203,6 +190,24 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
     return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+
+
+def tokenize(recipe: Recipe, texts: Mapping[str, Any], tokenizer: Any, progress: Progress) -> dict[str, list[Batch]]:
+    """Return the batches of each task's rows, as many tokens as the recipe's calibration says."""
+    calibration, batches = recipe.calibration, {}
+    for number, (name, rows) in enumerate(texts.items()):
+        progress("tokenizing, tasks", number, len(texts))
+        batches[name] = token_batches(
+            tokenizer,
+            name,
+            rows,
+            tokens=calibration.tokens,
+            sequence_length=calibration.sequence_length,
+            batch_size=calibration.batch_size,
+            seed=recipe.seed,
+        )
+    progress("tokenizing, tasks", len(texts), len(texts))
+    return batches
 
 
 def counter(progress: Progress, message: str, total: int) -> Callable[[int], None]:

@@ -14,8 +14,8 @@ import torch
 
 from modmoe.accounting import count_sizes, tensor_parameters
 from modmoe.analyze import ranks
-from modmoe.analyze.calibration import Batch, load_task, token_batches
-from modmoe.analyze.run import Progress, counter, save_recipe, silent, tokens_by_task
+from modmoe.analyze.calibration import load_task
+from modmoe.analyze.run import Progress, counter, save_recipe, silent, tokenize, tokens_by_task
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
 from modmoe.convert.expert_stats import ExpertStats, measure_experts
 from modmoe.convert.experts import (
@@ -195,20 +195,8 @@ def _load(recipe: Recipe, source: _Source, **options: Any) -> Any:
 
 
 def _measure(recipe: Recipe, source: _Source, progress: Progress) -> dict[int, ExpertStats]:
-    calibration = recipe.calibration
     tokenizer = load_tokenizer(source.checkpoint.directory, trust_remote_code=recipe.trust_remote_code)
-    batches: dict[str, list[Batch]] = {
-        name: token_batches(
-            tokenizer,
-            name,
-            rows,
-            tokens=calibration.tokens,
-            sequence_length=calibration.sequence_length,
-            batch_size=calibration.batch_size,
-            seed=recipe.seed,
-        )
-        for name, rows in source.texts.items()
-    }
+    batches = tokenize(recipe, source.texts, tokenizer, progress)
     progress("opening the model whole")
     return measure_experts(
         _load(recipe, source, device=recipe.device),

@@ -16,6 +16,7 @@ import torch
 
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import ByLayer
+from modmoe.analyze.bylayer import fits as has_room
 from modmoe.analyze.run import (
     Analysis,
     Progress,
@@ -33,7 +34,7 @@ from modmoe.checkpoint import CheckpointWriter, copy_companions, write_json
 from modmoe.convert.assignment import ASSIGNMENTS, Assignment
 from modmoe.convert.code import write_code
 from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
-from modmoe.convert.layerwise import LayerFit, fit_layers
+from modmoe.convert.layerwise import KEPT_ROWS, LayerFit, fit_layers
 from modmoe.convert.modular import modular_plan
 from modmoe.convert.outputs import ModuleOutputs
 from modmoe.convert.proof import verify_all_on
@@ -144,6 +145,20 @@ def check_experts(recipe: Recipe) -> None:
         raise RecipeError("router.routing: sequence does not go with this assignment or refit; use token or task.")
     if wanted.method in ("tokens", "modules") and recipe.router.routing == "task":
         raise RecipeError(f"router.routing: with assignment '{wanted.method}' experts are no tasks; use token.")
+    if wanted.coverage and wanted.method == "tokens":
+        raise RecipeError("assignment.coverage: assignment 'tokens' has none; leave it out.")
+    if wanted.method == "modules" and wanted.num_experts not in (None, experts):
+        raise RecipeError(
+            f"assignment.num_experts: with assignment 'modules' there is one a module that is not shared, {experts}; "
+            "leave it out."
+        )
+    if fits_layerwise(recipe):
+        grams_bytes = 4 * KEPT_ROWS * modules**2
+        if not has_room(grams_bytes, torch.device("cpu")):
+            raise RecipeError(
+                f"partition.num_modules: what {modules} modules put out takes {grams_bytes / 1e9:.1f} GB with this "
+                "assignment or refit; choose fewer modules."
+            )
     if wanted.method not in ("tokens", "modules") and tasks > 1 and experts != tasks:
         raise PartitionError(
             f"assignment.num_experts: {experts} experts for {tasks} tasks; leave it out (one a task), or name one task "
@@ -173,6 +188,10 @@ def settle(recipe: Recipe) -> Recipe:
     if chosen < 1:
         raise PartitionError(
             f"assignment.shared_modules: {wanted.shared_modules} leave nothing to choose of {active} active modules."
+        )
+    if recipe.router.top_k not in (1, chosen):
+        raise RecipeError(
+            f"router.top_k: with assignment 'modules' it follows from the active modules, {chosen}; leave it out."
         )
     return replace(recipe, router=replace(recipe.router, top_k=chosen))
 
@@ -213,10 +232,11 @@ def layered(recipe: Recipe, analysis: Analysis, scratch: Path) -> ByLayer:
 
 def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: Progress) -> list[LayerFit]:
     names, wanted = tuple(analysis.batches), recipe.assignment
+    by_score = make_assignments(recipe, analysis) if wanted.method in ASSIGNMENTS else []
 
     def assign(layer: int, outputs: ModuleOutputs) -> Assignment:
-        if wanted.method in ASSIGNMENTS:
-            return make_assignments(recipe, analysis)[layer]
+        if by_score:
+            return by_score[layer]
         return OUTPUT_ASSIGNMENTS[wanted.method](
             outputs,
             names,

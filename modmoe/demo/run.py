@@ -275,11 +275,10 @@ def write_demo_report(
     samples: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Write the HTML report of a conversion from what it left on disk; the model is not run again."""
-    from modmoe.analyze.calibration import token_batches
     from modmoe.analyze.modules import load_partitions
     from modmoe.analyze.profile import load_profiles
     from modmoe.analyze.report import write_report
-    from modmoe.analyze.run import Analysis, open_source
+    from modmoe.analyze.run import Analysis, open_source, silent, tokenize
     from modmoe.analyze.score import module_scores
     from modmoe.analyze.stream import WholeModel
     from modmoe.convert.run import make_assignments
@@ -290,22 +289,11 @@ def write_demo_report(
     recipe = load_recipe(converted / "modmoe.yaml")
     source = open_source(recipe)
     directory = source.checkpoint.directory
-    tokenizer, calibration = load_tokenizer(directory), recipe.calibration
+    tokenizer = load_tokenizer(directory)
     profiles = load_profiles(converted / "analysis")
     partitions = load_partitions(converted / "analysis")
     ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
-    batches = {
-        name: token_batches(
-            tokenizer,
-            name,
-            rows,
-            tokens=calibration.tokens,
-            sequence_length=calibration.sequence_length,
-            batch_size=calibration.batch_size,
-            seed=recipe.seed,
-        )
-        for name, rows in source.texts.items()
-    }
+    batches = tokenize(recipe, source.texts, tokenizer, silent)
     scores_PM = [
         module_scores(recipe.assignment.score, profile, weights, partition)
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
