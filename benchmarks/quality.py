@@ -4,9 +4,9 @@
 
 Without a source it runs on the model that ships with modmoe. A cell is a method, a sparsity (share of the FFN neurons
 that a token does not use), a seed and a learning rate. All methods have as many active neurons, the same text for
-calibration, the same fine-tuning steps, rows and teacher. Held-out rows are halved: the learning rate is chosen on one
-half, and the loss of the other half is told. Each cell is one JSON line in --rows, and a cell that is there is not run
-again, so that a run goes on where it was cut off.
+calibration, the same fine-tuning steps, rows and teacher. Held-out rows are halved: each method's learning rate is
+chosen on one half, with the first seed at the first sparsity, and the loss of the other half is told. Each cell is one
+JSON line in --rows, and a cell that is there is not run again, so that a run goes on where it was cut off.
 
 The table has the mean over tasks of the loss in nats a token, and its spread over seeds; after it, what the best of
 ours wins against the best and the worst peer.
@@ -15,14 +15,17 @@ ours wins against the best and the worst peer.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,9 +39,11 @@ from modmoe.analyze.calibration import load_task
 from modmoe.convert.run import convert
 from modmoe.finetune.evaluate import evaluate
 from modmoe.finetune.train import finetune
+from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.recipe import make_recipe
 
 _ROUTED = {"assignment.method": "modules", "router.compensation": True}
+_FLAP = {"method": "prune", "assignment.score": "wifv", "router.compensation": True}
 METHODS: dict[str, dict[str, Any]] = {
     # the model itself, fine-tuned like the others: what no sparsity costs
     "dense": {},
@@ -46,13 +51,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "prune magnitude": {"method": "prune", "assignment.score": "magnitude"},
     "prune random": {"method": "prune", "assignment.score": "random"},
     "prune wanda": {"method": "prune", "assignment.score": "wanda"},
-    "prune flap": {"method": "prune", "assignment.score": "wifv", "router.compensation": True},
-    "prune flap, refit": {
-        "method": "prune",
-        "assignment.score": "wifv",
-        "router.compensation": True,
-        "assignment.refit": True,
-    },
+    "prune flap": _FLAP,
+    "prune flap, refit": {**_FLAP, "assignment.refit": True},
+    # the same, of other text than the tasks'
+    "prune flap, generic text": {**_FLAP, "generic": True},
+    "prune wanda, generic text": {"method": "prune", "assignment.score": "wanda", "generic": True},
     # one mask a task, the task known
     "seap": {
         "partition.method": "contiguous",
@@ -63,7 +66,10 @@ METHODS: dict[str, dict[str, Any]] = {
     # published splits
     "cmoe": {"method": "cmoe"},
     "moefication": {"method": "moefication"},
+    "moefication, similarity": {"method": "moefication", "router.kind": "linear"},
     "emoe": {"method": "emoe"},
+    "emoe, random modules": {"method": "emoe", "partition.method": "random"},
+    "emoe, bottom": {"method": "emoe", "choice": "bottom"},
     "llama_moe": {"method": "llama_moe"},
     # ours: experts are tasks
     "tasks, top_score": {},
@@ -83,8 +89,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules": _ROUTED,
     "modules, refit": {**_ROUTED, "assignment.refit": True},
     "modules, quarter shared, refit": {**_ROUTED, "assignment.refit": True, "assignment.shared_modules": "quarter"},
+    "modules, mlp, refit": {**_ROUTED, "assignment.refit": True, "router.kind": "mlp"},
+    "modules, activations, refit": {**_ROUTED, "assignment.refit": True, "partition.method": "activations"},
     "modules, random partition": {**_ROUTED, "partition.method": "random"},
     "modules, router from zero": {**_ROUTED, "router.start": "zero"},
+    # no method: the modules of the largest output are known beforehand, in training too
+    "modules, oracle": {**_ROUTED, "choice": "oracle"},
+    "moefication, oracle": {"method": "moefication", "router.kind": "linear", "choice": "oracle"},
 }
 OURS = ("tasks, top_score", "tasks, greedy, refit", "tokens 16, refit", "modules", "modules, refit")
 Halves: TypeAlias = dict[str, dict[str, str]]
@@ -105,7 +116,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsities", default="0.5", help="such as 0.25,0.5,0.75")
     parser.add_argument("--num-modules", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rates", default="1", help="learning rates, as multiples of the default")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rates", default="1", help="learning rates to choose from, as multiples of the default")
+    parser.add_argument("--generic", help="FILE of text that belongs to no task, for masks that are not made for tasks")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens of a task")
     parser.add_argument("--eval-tokens", type=int, default=8192, help="of each half of a task's held-out rows")
@@ -119,7 +132,7 @@ def recipe_of(args: argparse.Namespace, method: str, sparsity: float, seed: int,
     """Return the recipe of a cell."""
     config = json.loads((Path(args.source) / "config.json").read_text(encoding="utf-8"))
     named = {"neurons": config["intermediate_size"], "quarter": args.num_modules // 4}
-    settings = {key: named.get(value, value) for key, value in METHODS[method].items() if not isinstance(value, dict)}
+    settings = {key: named.get(value, value) for key, value in METHODS[method].items() if "." in key or key == "method"}
     return make_recipe(
         {
             "source": args.source,
@@ -132,6 +145,7 @@ def recipe_of(args: argparse.Namespace, method: str, sparsity: float, seed: int,
             "partition.num_modules": args.num_modules,
             "assignment.active_fraction": 1 - sparsity,
             "finetune.max_steps": max(1, args.steps),
+            "finetune.batch_size": args.batch_size,
             "finetune.learning_rate": rate * min(1e-3, max(5e-5, 0.1 / config["hidden_size"])),
             "finetune.sequence_length": args.sequence_length,
             "finetune.distill_from": args.source,
@@ -149,13 +163,39 @@ def run_cell(args: argparse.Namespace, cell: dict[str, Any], tasks: Any, held_ou
         model, found = args.source, {}
         if cell["method"] != "dense":
             model = f"{name}/converted"
-            made = convert(recipe, model)
+            of = {"generic": args.generic} if METHODS[cell["method"]].get("generic") else tasks
+            made = convert(dataclasses.replace(recipe, tasks=of), model)
             found = {key: made["parameters"][key] for key in ("active", "stored")}
-        found["before"] = measure(model, held_out, args)
-        if args.steps:
-            finetune(model, f"{name}/tuned", recipe, eval_tasks={}, resume=False, overwrite=False)
-            found["after"] = measure(f"{name}/tuned", held_out, args)
+        with choosing(METHODS[cell["method"]].get("choice")):
+            found["before"] = measure(model, held_out, args)
+            if args.steps:
+                finetune(model, f"{name}/tuned", recipe, eval_tasks={}, resume=False, overwrite=False)
+                found["after"] = measure(f"{name}/tuned", held_out, args)
     return {**cell, **found, "cpu_s": round(time.process_time() - started_s, 1)}
+
+
+@contextlib.contextmanager
+def choosing(choice: str | None) -> Iterator[None]:
+    """Choose otherwise than by a router's best: ``oracle``, by the modules' own outputs, or ``bottom``, its worst."""
+    choose = ModularFFN._choose
+
+    def chosen(self: ModularFFN, x: torch.Tensor, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            if choice == "oracle":
+                hidden_TSm = self._hidden(x_TD).unflatten(-1, (self.stored_modules, self.module_size))
+                down_DSm = self.down_proj.weight.unflatten(-1, (self.stored_modules, self.module_size))
+                values_TE = torch.einsum("tsm,dsm->tsd", hidden_TSm, down_DSm).norm(dim=-1)
+            else:
+                values_TE = -self.router(x_TD)
+            ids_TK = values_TE.topk(self.top_k, dim=1).indices
+        return ids_TK, torch.full(ids_TK.shape, 1 / self.top_k, dtype=x_TD.dtype)
+
+    if choice is not None:
+        ModularFFN._choose = chosen  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ModularFFN._choose = choose  # type: ignore[method-assign]
 
 
 def measure(model: str, held_out: Halves, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -192,6 +232,11 @@ def mean_loss(measured: dict[str, dict[str, float]], half: str) -> float:
     return statistics.mean(value["loss"] for task, value in measured.items() if task.endswith(half))
 
 
+def best_of(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the cell of the rate that does best on the half that is for choosing."""
+    return min(cells, key=lambda cell: mean_loss(cell.get("after", cell["before"]), "choose"))
+
+
 def summarize(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each method and sparsity: mean and spread over seeds at the rate that the one half chooses."""
     groups: dict[tuple[str, float], dict[int, list[dict[str, Any]]]] = {}
@@ -199,10 +244,7 @@ def summarize(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((cell["method"], cell["sparsity"]), {}).setdefault(cell["seed"], []).append(cell)
     rows = []
     for (method, sparsity), seeds in groups.items():
-        best = [
-            min(cells, key=lambda cell: mean_loss(cell.get("after", cell["before"]), "choose"))
-            for cells in seeds.values()
-        ]
+        best = [best_of(cells) for cells in seeds.values()]
         row: dict[str, Any] = {"name": method, "sparsity": sparsity, "seeds": len(best), "bound": None, "holds": None}
         for when in ("before", "after"):
             losses = [mean_loss(cell[when], "tell") for cell in best if when in cell]
@@ -264,20 +306,22 @@ def main() -> None:
         cells = [json.loads(line) for line in known]
         keys = ("model", "method", "sparsity", "seed", "rate", "steps")
         done = {tuple(cell[key] for key in keys) for cell in cells}
-        for seed in range(args.seeds):
-            for sparsity in map(float, args.sparsities.split(",")):
-                for method in methods:
-                    for rate in map(float, args.rates.split(",")):
-                        size = 0.0 if method == "dense" else sparsity
-                        model = Path(args.source).resolve().name
-                        cell = dict(zip(keys, (model, method, size, seed, rate, args.steps), strict=True))
-                        if tuple(cell.values()) in done:
-                            continue
-                        done.add(tuple(cell.values()))
-                        cells.append(run_cell(args, cell, tasks, held))
-                        if args.rows is not None:
-                            with args.rows.open("a", encoding="utf-8") as handle:
-                                handle.write(json.dumps(cells[-1]) + "\n")
+        model, sparsities = Path(args.source).resolve().name, [float(text) for text in args.sparsities.split(",")]
+        for seed, sparsity, method in itertools.product(range(args.seeds), sparsities, methods):
+            size = 0.0 if method == "dense" else sparsity
+            rates = [float(text) for text in args.rates.split(",")]
+            if (seed, sparsity) != (0, sparsities[0]):
+                swept = [cell for cell in cells if (cell["model"], cell["method"], cell["seed"]) == (model, method, 0)]
+                rates = [best_of(c for c in swept if c["sparsity"] in (0.0, sparsities[0]))["rate"]] if swept else rates
+            for rate in rates:
+                cell = dict(zip(keys, (model, method, size, seed, rate, args.steps), strict=True))
+                if tuple(cell.values()) in done:
+                    continue
+                done.add(tuple(cell.values()))
+                cells.append(run_cell(args, cell, tasks, held))
+                if args.rows is not None:
+                    with args.rows.open("a", encoding="utf-8") as handle:
+                        handle.write(json.dumps(cells[-1]) + "\n")
     # lines of other models or steps may lie in the same file
     mine = [cell for cell in cells if (cell["model"], cell["steps"]) == (Path(args.source).resolve().name, args.steps)]
     rows = summarize(mine)

@@ -110,6 +110,11 @@ class ModularFFN(nn.Module):
                 "this model is routed by task: name the expert, as in model.set_expert(name) or expert_ids=..., one of "
                 f"{self.state.expert_names}"
             )
+        is_weighted = self.combine == "sum" and self.top_k > 1
+        if not is_weighted:
+            # only the router learns from a choice that weighs nothing: that gradient is no descent of the loss, and what
+            # it would tell the layers before grows with the router's weights until it drowns theirs
+            x, x_TD = x.detach(), x_TD.detach()
         features_TD = x_TD
         if self.routing == "sequence":
             kept = self.state.kept_choice(self.layer)
@@ -120,7 +125,7 @@ class ModularFFN(nn.Module):
         self.state.record(self.layer, logits_TE)
         probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
         weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
-        if self.combine == "sum" and self.top_k > 1:
+        if is_weighted:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         weights_TK = weights_TK.to(x_TD.dtype)
         if self.routing == "sequence":
@@ -131,7 +136,8 @@ class ModularFFN(nn.Module):
         """Return what multiplies each module's output, coefficients_TS, and whether it is on at all, active_TS.
 
         Where experts are not weighted (union, or a single one) the value is exactly 1 and the gradient that of the
-        logarithm of the module's summed weight: a weight normalised to 1 would give the router no gradient.
+        logarithm of the module's summed weight: a weight normalised to 1 would give the router no gradient. It ends at
+        the router's weights (see ``_choose``).
         """
         member_ES = self.member_ES(weights_TK.dtype)
         shape_TE = (ids_TK.shape[0], self.num_experts)

@@ -99,8 +99,15 @@ def test_runs_equal_masked_equal_the_loop_with_gradients(routed):
         assert grads.keys() == wanted.keys()
         for name, grad in wanted.items():
             torch.testing.assert_close(grads[name], grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    if ffn.router is not None:
-        assert max(grad.abs().max() for name, grad in wanted.items() if name.startswith("router")) > 1e-6
+    if ffn.router is None:
+        return
+    assert max(grad.abs().max() for name, grad in wanted.items() if name.startswith("router")) > 1e-6
+    # what is before the layer learns through the router only where the router weighs what it chose
+    x = x_TD.clone().requires_grad_()
+    ids_TK, weights_TK = ffn._choose(x, x)
+    (tied_ffn(ffn, x, ids_TK, weights_TK.detach()) * probe_TD).sum().backward()
+    weighs = ffn.combine == "sum" and ffn.top_k > 1
+    assert torch.allclose(x.grad, wanted_x, rtol=1e-10, atol=1e-10) != weighs
 
 
 @torch.no_grad()
