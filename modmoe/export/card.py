@@ -79,7 +79,7 @@ def result_lines(results: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return a section with what was measured of each task; nothing where nothing was."""
     measures = [
         measure
-        for measure in ("loss", "perplexity", "bits_per_byte")
+        for measure in ("loss", "perplexity", "bits_per_byte", "exact_match")
         if any(isinstance(numbers.get(measure), int | float) for numbers in results.values())
     ]
     if not measures:

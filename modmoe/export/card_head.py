@@ -19,7 +19,12 @@ RESULTS = "modmoe_eval.json"
 TRAINING = "modmoe_training.json"
 """What a fine-tuning writes beside its model."""
 _INHERITED = {"license": r"[a-z0-9][a-z0-9.-]*", "license_name": r"[\w. -]+", "license_link": r"[^\s<>\"']+"}
-_METRICS = {"loss": "Loss, nats a token", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
+_METRICS = {
+    "loss": "Loss, nats a token",
+    "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
+    "exact_match": "Exact match",
+}
 
 
 def head(

@@ -42,7 +42,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a checkpoint on each task's text, as ``modmoe eval --json`` prints it.
 
-    Returns ``tasks: {NAME: {loss, perplexity, bits_per_byte, tokens, tokens_per_second}}``, see ``evaluate_model``.
+    Returns ``tasks: {NAME: {loss, perplexity, bits_per_byte, tokens, tokens_per_second}}``, and more where rows have a
+    prompt, see ``evaluate_model``.
     Processes that torchrun or accelerate launch started share the batches; all get the same, but for the speed's noise.
     With a ``baseline``, measured on the same rows with its own tokenizer, ``baseline`` holds the same for it, and each
     task has ``ratio``, its loss over the baseline's.
@@ -109,7 +110,9 @@ def evaluate_model(
         progress: called with a message, the tokens read and the tokens in all.
 
     Returns, for each task, ``loss`` in nats a counted token, ``perplexity``, ``bits_per_byte`` of the counted text in
-    UTF-8, ``tokens`` counted, and ``tokens_per_second`` of the forward passes, counted or not, without padding.
+    UTF-8, ``tokens`` counted, and ``tokens_per_second`` of the forward passes, counted or not, without padding. Where
+    rows have a prompt also ``exact_match``, the share of them, 0 to 1, whose completion greedy decoding would give word
+    for word, as far as it lies within ``sequence_length``.
 
     Raises:
         RecipeError: no such expert, or none is named for a task that has no expert of its own.
@@ -229,6 +232,7 @@ def _measure(
 ) -> dict[str, float]:
     collator = Collator(padding=_padding(tokenizer), packing=False)
     losses, read, taken_s = [torch.zeros((), dtype=torch.float64)], 0, 0.0
+    exact_prompted = torch.zeros(2, dtype=torch.float64)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     total = sum(len(row.input_ids) for row in rows)
     if report is not None:
@@ -248,10 +252,18 @@ def _measure(
             report(min(read * ranks.num_ranks(), total), total)
         labels_BT = inputs["labels"].to(model.device)
         counts_BT = labels_BT[:, 1:] != IGNORED
-        mean, _ = token_losses(logits_BTV[:, :-1][counts_BT], labels_BT[:, 1:][counts_BT])
+        logits_NV, target_N = logits_BTV[:, :-1][counts_BT], labels_BT[:, 1:][counts_BT]
+        mean, _ = token_losses(logits_NV, target_N)
+        wrong_BT = torch.zeros_like(counts_BT)
+        wrong_BT[counts_BT] = logits_NV.argmax(-1) != target_N
+        # the first token that can be told is told in plain text, and belongs to the prompt where there is one
+        has_prompt_B = ~counts_BT[:, 0]
+        exact_B = has_prompt_B & ~wrong_BT.any(1)
+        exact_prompted += torch.stack([exact_B.sum(), has_prompt_B.sum()]).double().cpu()
         losses.append(mean.double().cpu() * int(counts_BT.sum()))
     loss_sum = float(ranks.from_steps(ranks.add_up(ranks.in_steps(torch.stack(losses)).sum(1))))
     speed = float(ranks.add_up(torch.tensor(read / max(taken_s, 1e-9), dtype=torch.float64)))
+    exact, prompted = ranks.add_up(exact_prompted).tolist()
     counted = sum(sum(row.counted) for row in rows)
     num_bytes = sum(size for row in rows for size, counts in zip(row.num_bytes, row.counted, strict=True) if counts)
     loss = loss_sum / counted
@@ -261,6 +273,7 @@ def _measure(
         "bits_per_byte": loss_sum / math.log(2) / max(num_bytes, 1),
         "tokens": counted,
         "tokens_per_second": speed,
+        **({"exact_match": exact / prompted} if prompted else {}),
     }
 
 

@@ -24,7 +24,8 @@ def test_the_loss_is_that_of_each_row_alone(tasks: dict[str, str]) -> None:
     model, tokenizer = tiny.dense_model("llama"), tiny.tokenizer()
     found = evaluate_model(model, tokenizer, tasks)
     for name, numbers in found.items():
-        assert numbers.keys() == KEYS
+        has_prompts = "prompt" in Path(tasks[name]).read_text()
+        assert numbers.keys() == KEYS | ({"exact_match"} if has_prompts else set())
         total, count = 0.0, 0
         for line in Path(tasks[name]).read_text().splitlines():
             row = json.loads(line)
@@ -41,6 +42,25 @@ def test_the_loss_is_that_of_each_row_alone(tasks: dict[str, str]) -> None:
         # the tokenizer makes a token of each byte
         assert numbers["bits_per_byte"] == pytest.approx(total / count / math.log(2), rel=1e-5)
         assert numbers["tokens_per_second"] > 0
+
+
+@torch.no_grad()
+def test_exact_matches_are_what_greedy_decoding_gives(tmp_path: Path) -> None:
+    model, tokenizer = tiny.dense_model("llama"), tiny.tokenizer()
+    rows = []
+    for number in range(200):
+        prompt = f"{number} is "
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, max_new_tokens=2, do_sample=False)[0]
+        text = tokenizer.decode(made)
+        if tokenizer(text)["input_ids"] == made.tolist():
+            rows.append((prompt, text[len(prompt) :]))
+    assert len(rows) >= 3, "no greedy text that can be written down; take another seed"
+    rows = [*rows[:2], (rows[2][0], rows[2][1][0] + "~"), (rows[2][0], "~" + rows[2][1][1])]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    for batch_size in (1, 4):
+        found = evaluate_model(model, tokenizer, {"t": str(tmp_path / "t.jsonl")}, batch_size=batch_size)
+        assert found["t"]["exact_match"] == 0.5
 
 
 @pytest.mark.parametrize("routing", ["token", "sequence", "task"])
@@ -99,8 +119,8 @@ def test_a_baseline_lies_beside(tmp_path: Path, tasks: dict[str, str]) -> None:
     found = evaluate(str(source), tasks, baseline=str(dense), device="cpu")
     assert found.keys() == {"tasks", "baseline"}
     for name, numbers in found["tasks"].items():
-        assert numbers.keys() == KEYS | {"ratio"}
-        assert found["baseline"][name].keys() == KEYS
+        assert numbers.keys() - {"exact_match"} == KEYS | {"ratio"}
+        assert found["baseline"][name].keys() - {"exact_match"} == KEYS
         assert numbers["ratio"] == pytest.approx(numbers["loss"] / found["baseline"][name]["loss"])
     same = evaluate(str(dense), tasks, baseline=str(dense), device="cpu")["tasks"]
     assert all(numbers["ratio"] == 1 for numbers in same.values())
