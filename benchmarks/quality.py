@@ -22,15 +22,15 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import transformers
+from quality_table import best_of, draw, margins, summarize
 from rich.console import Console
 from rich.table import Table
 
@@ -97,10 +97,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules, oracle": {**_ROUTED, "choice": "oracle"},
     "moefication, oracle": {"method": "moefication", "router.kind": "linear", "choice": "oracle"},
 }
-OURS = ("tasks, top_score", "tasks, greedy, refit", "tokens 16, refit", "modules", "modules, refit")
 Halves: TypeAlias = dict[str, dict[str, str]]
 """Half to task to file."""
-PEERS = ("prune", "seap", "cmoe", "moefication", "emoe", "llama_moe")
 
 
 def parse() -> argparse.Namespace:
@@ -108,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two methods, one seed, few steps: within a minute")
     parser.add_argument("--json", type=Path, help="write the table's rows here")
+    parser.add_argument("--plot", type=Path, help="draw loss by active and by stored parameters here, as .svg or .png")
     parser.add_argument("--rows", type=Path, help="one JSON line a cell; what is there is not run again")
     parser.add_argument("--source", help="dense checkpoint; the shipped model if left out")
     parser.add_argument("--task", action="append", default=[], help="NAME=FILE to calibrate and train on")
@@ -199,7 +198,7 @@ def choosing(choice: str | None) -> Iterator[None]:
 
 
 def measure(model: str, held_out: Halves, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return loss and bits per byte of each task's halves, as TASK.choose and TASK.tell."""
+    """Return what is measured of each task's halves, as TASK.choose and TASK.tell."""
     made = {}
     for half, files in held_out.items():
         # by the tasks' own names, which a model routed by task goes by
@@ -211,7 +210,8 @@ def measure(model: str, held_out: Halves, args: argparse.Namespace) -> dict[str,
             trust_remote_code=args.trust_remote_code,
         )
         for task, values in found["tasks"].items():
-            made[f"{task}.{half}"] = {"loss": values["loss"], "bits_per_byte": values["bits_per_byte"]}
+            kept = ("loss", "bits_per_byte", "exact_match")
+            made[f"{task}.{half}"] = {key: values[key] for key in kept if key in values}
     return made
 
 
@@ -225,62 +225,6 @@ def halves(tasks: dict[str, str], directory: Path) -> Halves:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows[number::2]), encoding="utf-8")
             made[half][task] = str(path)
     return made
-
-
-def mean_loss(measured: dict[str, dict[str, float]], half: str) -> float:
-    """Return the mean over tasks of the loss on one half."""
-    return statistics.mean(value["loss"] for task, value in measured.items() if task.endswith(half))
-
-
-def best_of(cells: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return the cell of the rate that does best on the half that is for choosing."""
-    return min(cells, key=lambda cell: mean_loss(cell.get("after", cell["before"]), "choose"))
-
-
-def summarize(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each method and sparsity: mean and spread over seeds at the rate that the one half chooses."""
-    groups: dict[tuple[str, float], dict[int, list[dict[str, Any]]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["method"], cell["sparsity"]), {}).setdefault(cell["seed"], []).append(cell)
-    rows = []
-    for (method, sparsity), seeds in groups.items():
-        best = [best_of(cells) for cells in seeds.values()]
-        row: dict[str, Any] = {"name": method, "sparsity": sparsity, "seeds": len(best), "bound": None, "holds": None}
-        for when in ("before", "after"):
-            losses = [mean_loss(cell[when], "tell") for cell in best if when in cell]
-            if losses:
-                row[when] = statistics.mean(losses)
-                row[f"{when}_spread"] = statistics.stdev(losses) if len(losses) > 1 else 0.0
-                names = [task for task in best[0][when] if task.endswith("tell")]
-                row[f"{when}_tasks"] = {
-                    task.removesuffix(".tell"): statistics.mean(cell[when][task]["loss"] for cell in best)
-                    for task in names
-                }
-        row["rates"] = sorted({cell["rate"] for cell in best})
-        row.update({key: best[0][key] for key in ("active", "stored") if key in best[0]})
-        rows.append(row)
-    dense = next((row["before"] for row in rows if row["name"] == "dense"), None)
-    for row in rows:
-        row["ratio"] = None if dense is None else row.get("after", row["before"]) / dense
-    return sorted(rows, key=lambda row: (row["sparsity"], row.get("after", row["before"])))
-
-
-def margins(rows: list[dict[str, Any]]) -> list[str]:
-    """Return, for each sparsity, what the best of ours wins over peers, in per cent of their loss."""
-    lines = []
-    for sparsity in sorted({row["sparsity"] for row in rows if row["name"] != "dense"}):
-        of = {row["name"]: row.get("after", row["before"]) for row in rows if row["sparsity"] == sparsity}
-        ours = {name: loss for name, loss in of.items() if name in OURS or name.startswith("modules")}
-        peers = {name: loss for name, loss in of.items() if name.split(" ")[0] in PEERS}
-        if ours and peers:
-            mine = min(ours, key=ours.__getitem__)
-            for which, peer in (
-                ("best", min(peers, key=peers.__getitem__)),
-                ("worst", max(peers, key=peers.__getitem__)),
-            ):
-                won = 100 * (1 - ours[mine] / peers[peer])
-                lines.append(f"sparsity {sparsity}: '{mine}' against the {which} peer, '{peer}': {won:+.1f} %")
-    return lines
 
 
 def main() -> None:
@@ -334,6 +278,8 @@ def main() -> None:
         table.add_row(f"{row['sparsity']:.0%}", row["name"], *shown, str(row["seeds"]), *sizes)
     Console(width=120).print(table)
     print("\n".join(margins(rows)))
+    if args.plot:
+        draw(rows, args.plot, Path(args.source).resolve().name)
     if args.json:
         versions = {"modmoe": modmoe.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         device = f"{platform.processor() or 'cpu'}, {os.cpu_count()} cores"
