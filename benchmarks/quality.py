@@ -130,7 +130,9 @@ def parse() -> argparse.Namespace:
 def recipe_of(args: argparse.Namespace, method: str, sparsity: float, seed: int, rate: float, tasks: Any) -> Any:
     """Return the recipe of a cell."""
     config = json.loads((Path(args.source) / "config.json").read_text(encoding="utf-8"))
-    named = {"neurons": config["intermediate_size"], "quarter": args.num_modules // 4}
+    neurons, modules = config["intermediate_size"], args.num_modules
+    named = {"neurons": neurons, "quarter": modules // 4, "eighth": modules // 8, "half": modules // 2}
+    named |= {"double": 2 * modules, "few": max(size for size in range(1, modules) if neurons % size == 0)}
     settings = {key: named.get(value, value) for key, value in METHODS[method].items() if "." in key or key == "method"}
     return make_recipe(
         {
@@ -227,6 +229,30 @@ def halves(tasks: dict[str, str], directory: Path) -> Halves:
     return made
 
 
+@contextlib.contextmanager
+def texts(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], Halves]]:
+    """Yield the files to train on and the halves of those held out; settle the source where none is given."""
+    with tempfile.TemporaryDirectory() as name:
+        if args.source is None:
+            from modmoe.demo.corpus import write_task_files
+
+            args.source = str(Path(modmoe.__file__).parent / "demo" / "model")
+            made = {"train": 600, "held_out": 200}
+            files = [
+                write_task_files(Path(name) / split, split=split, rows_per_task=rows, seed=0)
+                for split, rows in made.items()
+            ]
+            tasks, held = ({task: str(file) for task, file in of.items()} for of in files)
+        else:
+            tasks, held = (dict(item.split("=", 1) for item in items) for items in (args.task, args.eval))
+        yield tasks, halves(held, Path(name))
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """Return the name of the source's directory."""
+    return Path(args.source).resolve().name
+
+
 def main() -> None:
     """Run what is missing, print the table, write the rows."""
     args = parse()
@@ -235,22 +261,12 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps, args.tokens, args.eval_tokens = 1, 5, 1024, 1024
         methods = ["tasks, top_score", "modules, refit"]
-    with tempfile.TemporaryDirectory() as name:
-        if args.source is None:
-            from modmoe.demo.corpus import write_task_files
-
-            args.source = str(Path(modmoe.__file__).parent / "demo" / "model")
-            tasks = write_task_files(Path(name) / "train", split="train", rows_per_task=600, seed=0)
-            held = write_task_files(Path(name) / "held", split="held_out", rows_per_task=200, seed=0)
-            tasks, held = ({k: str(v) for k, v in files.items()} for files in (tasks, held))
-        else:
-            tasks, held = (dict(item.split("=", 1) for item in items) for items in (args.task, args.eval))
-        held = halves(held, Path(name))
+    with texts(args) as (tasks, held):
         known = [] if args.rows is None or not args.rows.exists() else args.rows.read_text().splitlines()
         cells = [json.loads(line) for line in known]
         keys = ("model", "method", "sparsity", "seed", "rate", "steps")
         done = {tuple(cell[key] for key in keys) for cell in cells}
-        model, sparsities = Path(args.source).resolve().name, [float(text) for text in args.sparsities.split(",")]
+        model, sparsities = model_name(args), [float(text) for text in args.sparsities.split(",")]
         for seed, sparsity, method in itertools.product(range(args.seeds), sparsities, methods):
             size = 0.0 if method == "dense" else sparsity
             rates = [float(text) for text in args.rates.split(",")]
@@ -267,9 +283,9 @@ def main() -> None:
                     with args.rows.open("a", encoding="utf-8") as handle:
                         handle.write(json.dumps(cells[-1]) + "\n")
     # lines of other models or steps may lie in the same file
-    mine = [cell for cell in cells if (cell["model"], cell["steps"]) == (Path(args.source).resolve().name, args.steps)]
+    mine = [cell for cell in cells if (cell["model"], cell["steps"]) == (model, args.steps)]
     rows = summarize(mine)
-    table = Table(title=f"{Path(args.source).resolve().name}: mean loss of the tasks, nats a token, {args.steps} steps")
+    table = Table(title=f"{model}: mean loss of the tasks, nats a token, {args.steps} steps")
     for column in ("sparsity", "method", "before", "after", "seeds", "active", "stored"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
@@ -279,7 +295,7 @@ def main() -> None:
     Console(width=120).print(table)
     print("\n".join(margins(rows)))
     if args.plot:
-        draw(rows, args.plot, Path(args.source).resolve().name)
+        draw(rows, args.plot, model)
     if args.json:
         versions = {"modmoe": modmoe.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         device = f"{platform.processor() or 'cpu'}, {os.cpu_count()} cores"
