@@ -7,11 +7,42 @@ that plain Python code would expect, so callers need not import this module to c
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BROKEN = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV}
+# libraries written in Rust, and torch, raise errors of their own where a file cannot be written
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_STREAM = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=[Bb]earer )[^\s'\"]+|(?<=://)[^\s/@'\"]+(?=@)")
+MOST_CHARACTERS = 700
+"""Of an error; what is longer quotes too much."""
 
 
 class ModmoeError(Exception):
-    """The root of all errors that a user can mend."""
+    """The root of all errors that a user can mend.
+
+    Its message is one printable line of at most MOST_CHARACTERS, whatever names and values of a file it quotes: they
+    could break lines, steer a terminal or fill it. Tokens are taken out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        """Take the message, and put a space for what cannot be printed."""
+        line = "".join(character if character.isprintable() else " " for character in hide_secrets(str(message)))
+        line = line.strip()
+        if len(line) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2 - 5
+            line = f"{line[:half]} [...] {line[-half:]}"
+        super().__init__(line)
 
 
 class RecipeError(ModmoeError, ValueError):
@@ -56,3 +87,49 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(options)}." if options else ""
+
+
+def disk_error(error: BaseException, place: str | Path) -> RecipeError | None:
+    """Return what a disk that is full, failing or closed to us did to ``place``, in a line; None of any other error.
+
+    What libraries raise is looked into: safetensors and tokenizers quote the number of the system's error, and torch
+    says no more than that it could not write.
+    """
+    quoted = _OS_ERROR.search(str(error))
+    code = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None
+    if code is None and isinstance(error, RuntimeError) and any(word in str(error) for word in _STREAM):
+        return RecipeError(f"{place}: could not be written; free some space there or name another directory.")
+    named = getattr(error, "filename", None) or place
+    if code in _FULL:
+        remedy = "free some space there or name another directory"
+    elif code in _CLOSED:
+        remedy = "change who may use it or name another directory"
+    elif code in _BROKEN:
+        remedy = "look after that disk or name a directory on another one"
+    elif code == errno.EFBIG:
+        remedy = "raise the limit on the size of files (ulimit -f) or name a directory on another disk"
+    else:
+        return None
+    return RecipeError(f"{named}: {os.strerror(code)}; {remedy}.")
+
+
+def hide_secrets(text: str) -> str:
+    """Return a text without the Hub's token of the environment, what looks like one, or a password in an address."""
+    for name in _TOKENS:
+        token = os.environ.get(name, "").strip()
+        if len(token) > 3:
+            text = text.replace(token, "***")
+    return _SECRETS.sub("***", text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is full: Python's, numpy's, or torch's for a CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Return what a library says of an error, its lines joined and cut to ``most`` characters, without a full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")

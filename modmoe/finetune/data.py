@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modmoe.analyze.calibration import load_task
-from modmoe.errors import CalibrationError, RecipeError
+from modmoe.errors import CalibrationError, RecipeError, reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,6 +22,8 @@ LOG = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token whose prediction does not count, as in torch and transformers."""
 _CHUNK_ROWS = 1000
+_ROWS = 2**40
+"""More than a task can have; a marked token's number is the task's times this, and the row's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,13 @@ def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[str, l
 
     def write(upto: int, *, opened: bool = False) -> str:
         if has_template:
-            return str(tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=opened))
+            try:
+                return str(tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=opened))
+            except Exception as error:  # a template is a program, and raises what it likes
+                raise CalibrationError(
+                    f"tasks: the tokenizer's chat template refuses a row of {len(turns)} messages: {reason_of(error)}; "
+                    "mend the row or the template."
+                ) from error
         lines = [f"{turn['role']}: {turn['content']}" for turn in turns[:upto]]
         return "\n".join([*lines, "assistant: "] if opened else lines)
 
@@ -130,6 +138,7 @@ def training_set(
     seed: int,
     experts: Sequence[str] | None = None,
     packing: bool = False,
+    marked: bool = False,
 ) -> Dataset:
     """Return sequences of tokens to train on: all tasks' rows mixed in an order drawn from ``seed``.
 
@@ -142,6 +151,8 @@ def training_set(
         seed: of the order.
         experts: names of the experts where each row is read by that of its task's name; else None.
         packing: lay several rows into one sequence (TRL's best-fit decreasing); ``seq_lengths`` then tells them apart.
+
+        marked: say of each token in ``row_ids`` which row it is from, for ``rows_of``.
 
     Columns: ``input_ids``, ``labels`` and, with ``experts``, ``expert_ids``, a number for each token.
 
@@ -172,7 +183,10 @@ def training_set(
         made = _sequences(sources[name][number], tokenizer, sequence_length)
         num_dropped += not made
         for row in made:
-            rows.append(_columns(row, None if experts is None else experts.index(name)))
+            columns = _columns(row, None if experts is None else experts.index(name))
+            if marked:
+                columns["row_ids"] = [_ROWS * list(tasks).index(name) + number] * len(row.input_ids)
+            rows.append(columns)
             num_rows += 1
             num_tokens += len(row.input_ids)
         if len(rows) >= _CHUNK_ROWS:
@@ -189,6 +203,16 @@ def training_set(
         LOG.info("%d rows have nothing to learn from within %d tokens and are left out", num_dropped, sequence_length)
     dataset = concatenate_datasets(chunks)
     return pack_dataset(dataset, sequence_length, "bfd", {"keep_in_memory": True}) if packing else dataset
+
+
+def rows_of(dataset: Dataset, sequences: Sequence[int], tasks: Sequence[str]) -> dict[str, list[int]]:
+    """Return which rows of each task lie in some sequences of a marked training set; rows count from 1."""
+    found: dict[str, set[int]] = {}
+    for sequence in sequences:
+        for row_id in dataset[int(sequence)]["row_ids"]:
+            task, number = divmod(row_id, _ROWS)
+            found.setdefault(tasks[task], set()).add(number + 1)
+    return {task: sorted(numbers) for task, numbers in found.items()}
 
 
 def _sequences(row: Mapping[str, Any], tokenizer: Any, sequence_length: int) -> list[Row]:

@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from modmoe.checkpoint import write_json
 from modmoe.errors import RecipeError
 from modmoe.recipe import Recipe
+from modmoe.staging import partial_of, put_in_place
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LOG = logging.getLogger(__name__)
+KEPT_STATES = 2
+"""States that are kept; older ones are removed."""
 RECORD = "run.json"
 """Beside the states: what the run was asked for."""
 _FREE = frozenset({"finetune.save_steps"})
 """Recipe keys that may differ, since no weight depends on them."""
+
+
+def states_of(output: str | Path) -> Path:
+    """Return the directory of a run's states: ``<output>.states``, until the output is whole."""
+    return partial_of(output).with_suffix(".states")
 
 
 def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any]:
@@ -33,8 +45,9 @@ def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any
 
 
 def start_run(states: Path, run: dict[str, Any]) -> None:
-    """Write down what a new run was asked for, beside the states to come."""
-    states.mkdir(parents=True, exist_ok=True)
+    """Write down what a new run was asked for, beside the states to come; older states are removed."""
+    shutil.rmtree(states, ignore_errors=True)
+    states.mkdir()
     write_json(states / RECORD, run)
 
 
@@ -57,27 +70,73 @@ def check_run(states: Path, run: dict[str, Any]) -> None:
         )
 
 
+def find_state(states: Path, run: dict[str, Any], resume: bool) -> Path | None:
+    """Return the state to go on from, of the same run; None where training begins anew, which is then written down.
+
+    Raises RecipeError that names what is not as in the run that left the states.
+    """
+    # without its record a state belongs to a run whose states were being removed
+    state = last_state(states) if resume and (states / RECORD).is_file() else None
+    if state is None:
+        if resume:
+            LOG.info("there is no state to go on from; training begins anew")
+        start_run(states, run)
+        return None
+    check_run(states, run)
+    LOG.info("going on from %s", state.name)
+    return state
+
+
+def all_states(states: Path) -> list[Path]:
+    """Return the states there are, the oldest first."""
+    found = (path for path in states.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit())
+    return sorted(found, key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """Return the step behind which a state was saved."""
+    return int(state.name.rpartition("-")[2])
+
+
 def last_state(states: Path) -> Path | None:
     """Return the newest state that is whole, None where there is none; removes what was cut short behind it."""
-    found = sorted(
-        (path for path in states.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
-    while found:
-        newest = found.pop()
-        if _is_whole(newest):
-            return newest
-        shutil.rmtree(newest)
+    for state in reversed(all_states(states)):
+        if _is_whole(state):
+            return state
+        shutil.rmtree(state)
     return None
 
 
+def publish_state(partial: Path, states: Path) -> None:
+    """Put a state that is written among the others once all of it is on the disk, and remove the oldest."""
+    put_in_place(partial, states / partial.name)
+    for old in all_states(states)[:-KEPT_STATES]:
+        shutil.rmtree(old)
+
+
+def disk_bytes(model: torch.nn.Module, recipe: Recipe, is_whole: bool, num_found: int) -> int:
+    """Return the most bytes that the states to come take at a time.
+
+    Args:
+        model: what is trained, in float32.
+        recipe: the steps and how often a state is saved.
+        is_whole: whether a state holds all weights, rather than those that learn.
+        num_found: states that are there already.
+    """
+    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    saved = sum(weight.numel() for weight in model.parameters()) if is_whole else learning
+    wanted = recipe.finetune
+    # the oldest goes when the newest is whole
+    count = min(KEPT_STATES + 1, -(-wanted.max_steps // wanted.save_steps)) - num_found
+    return 4 * (saved + 2 * learning) * max(count, 0)  # the optimiser has two numbers a weight
+
+
 def _is_whole(state: Path) -> bool:
-    # the trainer writes this file last
     try:
         step = json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(step == int(state.name.rpartition("-")[2]))
+    return bool(step == step_of(state))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

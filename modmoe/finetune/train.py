@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import shutil
 import sys
@@ -18,26 +19,27 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from trl.trainer.sft_config import SFTConfig
 
-from modmoe.adapters.targets import find_base_router
+from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
+from modmoe.analyze.memory import names_what_to_lower
 from modmoe.analyze.run import save_recipe, silent
-from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
-from modmoe.convert.code import own_files, write_code
-from modmoe.errors import RecipeError
-from modmoe.families import family_of
+from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, read_config, resolve_source, write_json
+from modmoe.convert.code import check_auto_map, own_files, write_code
+from modmoe.errors import RankError, RecipeError, is_out_of_memory
 from modmoe.finetune.adapters import load_with_adapter, write_trained
-from modmoe.finetune.data import Collator, keeps_rows_apart, training_set
+from modmoe.finetune.data import Collator, keeps_rows_apart, rows_of, training_set
 from modmoe.finetune.distill import load_teacher
 from modmoe.finetune.evaluate import evaluate_model
-from modmoe.finetune.resume import check_run, describe_run, last_state, start_run
-from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report
+from modmoe.finetune.learns import choose_what_learns, is_routed_by_task
+from modmoe.finetune.resume import all_states, describe_run, disk_bytes, find_state, states_of, step_of
+from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report, WholeRun
 from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
-from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import Recipe
-from modmoe.staging import check_output
+from modmoe.staging import check_output, check_space
 
 LOG = logging.getLogger(__name__)
 _EVAL_TOKENS = 16384
+_SHOWN_ROWS = 8
 
 
 def finetune(
@@ -58,7 +60,7 @@ def finetune(
     Args:
         source: a tied checkpoint, a dense one with ``train: full`` or ``lora``, or another's mixture of experts with
             ``full`` or ``router``.
-        output: a directory that is free; states lie in ``<output>.partial/trainer`` until the end.
+        output: a directory that is free; states lie in ``<output>.states`` until it is whole.
         recipe: its ``finetune`` part, tasks, seed, device and trust.
         eval_tasks: task name to file; each is measured before and after.
         resume: go on from the last state that an interrupted run left, bit for bit; without one, begin anew.
@@ -77,29 +79,34 @@ def finetune(
     started_s = time.monotonic()
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
-    with _quiet(), ranks.joined(), ranks.open_first_output(output, overwrite=overwrite, resume=True) as partial:
-        # open_output would throw the states away on any error; they stay as long as there is one to go on from
-        states = partial / "trainer"
-        if ranks.is_first():
-            _clear(partial, keep=states if resume else None)
+    states = states_of(output)
+    if directory.resolve().is_relative_to(states.resolve()):
+        raise RecipeError(f"{directory}: is a state of {output}, which a new run there removes; name another output.")
+    with _quiet(), ranks.joined(), ranks.open_first_output(output, overwrite=overwrite, spent=states) as partial:
+        kind, count = (RankError if ranks.num_ranks() > 1 else RecipeError), ranks.num_ranks()
         try:
-            result = _run(directory, partial, recipe, eval_tasks, resume, progress)
+            with names_what_to_lower(recipe, "finetune", kind, count):
+                result = _run(directory, partial, states, recipe, eval_tasks, resume, progress)
             ranks.meet()
-            if ranks.is_first():
-                shutil.rmtree(states)
         except BaseException as error:
-            if not ranks.is_first():
-                pass
-            elif isinstance(error, DivergedError) or not any(states.glob("checkpoint-*")):
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                LOG.info("what was trained so far is kept in %s; go on with --resume", partial)
+            if ranks.is_first():
+                _say_what_is_left(error, states)
             raise
     return {**result, "output": str(output), "seconds": round(time.monotonic() - started_s, 2)}
 
 
+def _say_what_is_left(error: BaseException, states: Path) -> None:
+    left = all_states(states)
+    if not left:
+        shutil.rmtree(states, ignore_errors=True)
+    elif not isinstance(error, DivergedError):
+        # what is to be lowered would make it another run
+        where = " where there is more memory" if is_out_of_memory(error.__cause__ or error) else ""
+        error.add_note(f"Training up to step {step_of(left[-1])} is kept in {states}; go on with --resume{where}.")
+
+
 def _run(
-    source: Path, partial: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
+    source: Path, partial: Path, states: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
 ) -> dict[str, Any]:
     if is_adapted(source):
         raise RecipeError(f"{source}: was exported with its adapter inside; train the adapter it was made from.")
@@ -125,18 +132,19 @@ def _run(
     if wanted.packing and not packing:
         LOG.info("packing is off: this architecture would read other rows of a packed sequence")
     progress("reading the tasks")
-    dataset = training_set(
+    read = functools.partial(
+        training_set,
         tokenizer,
         recipe.tasks,
         sequence_length=wanted.sequence_length,
         num_sequences=wanted.max_steps * wanted.batch_size,
         seed=recipe.seed,
-        experts=model.config.expert_names if _is_routed_by_task(model) else None,
+        experts=model.config.expert_names if is_routed_by_task(model) else None,
         packing=packing,
     )
-    states = partial / "trainer"
-    found = _find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
-    step = int(ranks.from_first(torch.tensor(0 if found is None else int(found.name.rpartition("-")[2]))))
+    dataset = read()
+    found = find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
+    step = int(ranks.from_first(torch.tensor(0 if found is None else step_of(found))))
     state = states / f"checkpoint-{step}" if step else None
     tasks: dict[str, dict[str, float]] = {}
     if eval_tasks:
@@ -159,8 +167,18 @@ def _run(
         "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "total": total,
     }
-    with ranks.in_step():
-        trainer.train_from(state)
+    if ranks.is_first():
+        is_whole = not isinstance(trainer.model, PeftModel)
+        states_bytes = disk_bytes(trainer.model, recipe, is_whole, len(all_states(states)))
+        is_adapter_alone = wanted.train == "adapters"
+        output_bytes = 4 * sizes["trainable"] if is_adapter_alone else tensor_bytes(Checkpoint(source))
+        check_space(partial, states_bytes + output_bytes)
+    ranks.meet()
+    try:
+        with ranks.in_step():
+            trainer.train_from(state)
+    except DivergedError as error:
+        raise DivergedError(_explain(error, read, recipe, states), error.step, error.good_step) from error
     trained, is_sharded = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     progress("writing")
     if is_sharded:
@@ -190,7 +208,9 @@ def _run(
         **({"tasks": tasks} if tasks else {}),
     }
     if ranks.is_first():
-        write_json(partial / "modmoe_training.json", {**result, "log": history})
+        # a state keeps its entries' keys sorted, so that these are to the byte what an unbroken run has
+        log = [dict(sorted(entry.items())) for entry in history]
+        write_json(partial / "modmoe_training.json", {**result, "log": log})
     return result
 
 
@@ -200,75 +220,30 @@ def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, Lora
         return load_with_adapter(source, str(recipe.source or source), recipe, device), None
     if is_adapter(source):
         raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
+    config = read_config(source)
+    if is_tied_type(config.get("model_type")):
+        check_auto_map(config)  # now, rather than when all is trained and to be written
     model = load(source, trust_remote_code=recipe.trust_remote_code, dtype=torch.float32, device=device.type)
-    return model, _choose_what_learns(model, source, recipe)
+    return model, choose_what_learns(model, source, recipe)
 
 
-def _is_routed_by_task(model: PreTrainedModel) -> bool:
-    return isinstance(model, ModularMixin) and model.config.routing == "task"
-
-
-def _choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> LoraConfig | None:
-    """Freeze what does not learn; return the LoRA to attach where there is one."""
-    train = recipe.finetune.train
-    routers = _routers(model)
-    if train == "router" and not routers:
-        why = "is routed by task and has no router" if _is_routed_by_task(model) else "is dense and has no router"
-        raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
-    if train == "lora":
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=recipe.finetune.lora_rank,
-            lora_alpha=2 * recipe.finetune.lora_rank,
-            target_modules=_ffn_matrices(model, recipe),
-            modules_to_save=["router"] if routers and isinstance(model, ModularMixin) else None,
-            fan_in_fan_out=not isinstance(model, ModularMixin)
-            and family_of(model.config.to_dict(), recipe.family).transposed,
-        )
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(train == "full" or name in routers)
-    return None
-
-
-def _routers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the routers' parameters, of a tied model or of a mixture of experts of transformers."""
-    if isinstance(model, ModularMixin):
-        is_routed = model.config.routing != "task"
-        return [name for name, _ in model.named_parameters() if is_routed and ".router." in name]
-    routers = {id(router) for block in model.modules() if (router := find_base_router(block)) is not None}
-    return [
-        f"{path}.{name}"
-        for path, submodule in model.named_modules()
-        if id(submodule) in routers
-        for name, _ in submodule.named_parameters()
-    ]
-
-
-def _ffn_matrices(model: PreTrainedModel, recipe: Recipe) -> list[str]:
-    """Return the full names of the linear layers of all FFNs: in a tied model those of the shared modules."""
-    config = model.config
-    if isinstance(model, ModularMixin):
-        layers, paths = config.ffn_layers, {f"{config.ffn_path}.{name}_proj" for name in ("gate", "up", "down")}
-    else:
-        family = family_of(config.to_dict(), recipe.family)
-        layers, paths = family.layers, {path for path in (family.gate, family.up, family.down) if path is not None}
-    found = []
-    for number, layer in enumerate(model.get_submodule(layers).children()):
-        names = {name for name, _ in layer.named_modules()}
-        found += [f"{layers}.{number}.{path}" for path in sorted(paths & names)]
-    return found
-
-
-def _find_state(states: Path, run: dict[str, Any], resume: bool) -> Path | None:
-    state = last_state(states) if resume else None
-    if state is None:
-        if resume:
-            LOG.info("there is no state to go on from; training begins anew")
-        start_run(states, run)
-        return None
-    check_run(states, run)
-    LOG.info("going on from %s", state.name)
-    return state
+def _explain(error: DivergedError, read: Any, recipe: Recipe, states: Path) -> str:
+    """Return one line: what was not finite, at which step, in which rows, and the last state with good weights."""
+    wanted = recipe.finetune
+    last = error.step * wanted.batch_size
+    dataset = read(marked=True)
+    sequences = list(WholeRun(len(dataset), last, recipe.seed))[-wanted.batch_size :]
+    rows = []
+    for task, numbers in rows_of(dataset, sequences, list(recipe.tasks)).items():
+        shown = ", ".join(map(str, numbers[:_SHOWN_ROWS])) + (", ..." if len(numbers) > _SHOWN_ROWS else "")
+        rows.append(f"{task} {shown}")
+    good = [state for state in all_states(states) if step_of(state) <= error.good_step]
+    rate = wanted.learning_rate
+    return (
+        f"finetune: {error} at step {error.step} (rows of the batch: {'; '.join(rows)}); lower finetune.learning_rate "
+        f"({'chosen by the width' if rate is None else f'now {rate:g}'}), or look for damage in the weights or the "
+        f"text. The last good state is {good[-1] if good else 'the source itself'}."
+    )
 
 
 def default_learning_rate(train: str, width: int) -> float:
@@ -298,7 +273,6 @@ def training_arguments(states: Path, recipe: Recipe, device: torch.device, width
         use_cpu=device.type == "cpu",
         bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         save_steps=wanted.save_steps,
-        save_total_limit=2,
         logging_steps=max(1, wanted.max_steps // 20),
         logging_nan_inf_filter=False,
         report_to="none",

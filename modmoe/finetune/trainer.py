@@ -7,6 +7,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
+import pickle
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,9 +24,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
-from modmoe.errors import RecipeError
+from modmoe.errors import CheckpointError, RecipeError, reason_of
 from modmoe.finetune.data import IGNORED
 from modmoe.finetune.losses import balance_loss, router_entropy, token_losses
+from modmoe.finetune.resume import publish_state
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import FinetuneRecipe
 
@@ -31,7 +35,12 @@ LOG = logging.getLogger(__name__)
 
 
 class DivergedError(RecipeError):
-    """The loss is not a finite number; going on from a state would lead there again."""
+    """The loss or the gradient is not a finite number; going on from a state would lead there again."""
+
+    def __init__(self, message: str, step: int, good_step: int) -> None:
+        """Take the step, and the last one behind which the weights are known to be good."""
+        super().__init__(message)
+        self.step, self.good_step = step, good_step
 
 
 class ModularTrainer(SFTTrainer):
@@ -59,13 +68,18 @@ class ModularTrainer(SFTTrainer):
         # routed adapters hang their routers' losses on the backbone's output themselves; here they are only told
         self.adapters = getattr(base, "routed_context", None)
         self.num_ranks = int(self.accelerator.num_processes)
+        self._states = Path(str(self.args.output_dir))
+        self._beside = self._states / "unfinished"
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         # both print to stdout, which belongs to the command's result
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
     def train_from(self, state: Path | None) -> None:
-        """Train to the last step, from the beginning or from a state."""
+        """Train to the last step, from the beginning or from a state.
+
+        Raises CheckpointError where the state is damaged, or holds what only unpickling would bring back.
+        """
         if state is not None:
             saved = TrainerState.load_from_json(str(state / "trainer_state.json"))
             if saved.global_step >= self.args.max_steps:
@@ -73,7 +87,14 @@ class ModularTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(state))
                 self.state = saved
                 return
-        self.train(resume_from_checkpoint=None if state is None else str(state))
+        try:
+            # it reads states with weights_only=True alone, which makes tensors and plain values and executes nothing
+            self.train(resume_from_checkpoint=None if state is None else str(state))
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{state}: is damaged, or not a state that was saved here ({reason_of(error, 60)}); delete it and go "
+                "on from the one before, or start anew without --resume."
+            ) from error
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Return one order for the whole run, so that ranks that share its batches read what one alone would."""
@@ -132,11 +153,9 @@ class ModularTrainer(SFTTrainer):
         # all ranks end together: one that went on alone would wait for the others' gradients
         joint = self._add_up(loss.detach().double()) / self.num_ranks
         if not bool(torch.isfinite(joint)):
-            rate = self.args.learning_rate
-            raise DivergedError(
-                f"finetune: the loss is {joint.item()} at step {self.state.global_step + 1}; lower "
-                f"finetune.learning_rate (now {rate:g}), or look for damage in the weights or the text."
-            )
+            # the weights behind the step before are what gave this loss
+            step = self.state.global_step + 1
+            raise DivergedError(f"the loss is {joint.item()}", step, step - 2)
         if self.model.training:
             for name, part in parts.items():
                 self._parts[name].append(part.detach())
@@ -150,6 +169,31 @@ class ModularTrainer(SFTTrainer):
             logs[name] = (self._add_up(torch.stack(values).mean()) / self.num_ranks).item()
         self._parts.clear()
         super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Refuse a gradient that is not finite before it reaches the weights, so that every state has good ones."""
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if norm is not None and not math.isfinite(float(norm)):
+            step = self.state.global_step + 1
+            raise DivergedError(f"the gradient is {float(norm)}", step, step - 1)
+        return norm
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._beside)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a state beside the others, which it joins when all of it is on the disk."""
+        if self.args.should_save:
+            shutil.rmtree(self._beside, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_state(self._beside / f"checkpoint-{self.state.global_step}", self._states)
+        finally:
+            # what is left of one that could not be written takes room
+            if self.args.should_save:
+                shutil.rmtree(self._beside, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore every weight, whatever names the checkpoint has.

@@ -97,7 +97,16 @@ def test_an_error_of_many_lines_becomes_one(
 
 def test_a_full_disk_is_no_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")
-    assert fail(capsys, *raise_from(monkeypatch, error)) == "out/model.safetensors: No space left on device."
+    said = fail(capsys, *raise_from(monkeypatch, error))
+    assert said == "out/model.safetensors: No space left on device; free some space there or name another directory."
+
+
+def test_what_is_kept_is_said_in_the_same_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = PartitionError("x: is wrong.")
+    error.add_note("Step 3 is kept.")
+    assert fail(capsys, *raise_from(monkeypatch, error)) == "x: is wrong. Step 3 is kept."
 
 
 def test_a_bug_has_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,5 +120,8 @@ def test_a_bug_has_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 def test_control_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(raise_from(monkeypatch, KeyboardInterrupt())) == 130
-    out, err = capsys.readouterr()
-    assert (out, "Traceback" in err) == ("", False)
+    assert capsys.readouterr() == ("", "modmoe: stopped.\n")
+    stopped = KeyboardInterrupt()
+    stopped.add_note("Nothing of out was written.")
+    assert run(raise_from(monkeypatch, stopped)) == 130
+    assert capsys.readouterr() == ("", "modmoe: stopped. Nothing of out was written.\n")

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.checkpoint import Checkpoint, read_config
 from modmoe.errors import CalibrationError, RecipeError
 from modmoe.finetune.train import default_learning_rate, finetune
+from modmoe.finetune.trainer import DivergedError, ModularTrainer
 from modmoe.loading import load
 from modmoe.recipe import load_recipe, make_recipe
 from tests import tied, tiny
@@ -91,8 +95,7 @@ def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Pa
     assert read_config(out) == read_config(room / "token")
     assert {"modeling_modmoe.py", "modular_ffn.py", "tokenizer.json", "modmoe.yaml"} <= {p.name for p in out.iterdir()}
     assert load_recipe(out / "modmoe.yaml").finetune.max_steps == 12
-    assert not (out / "trainer").exists()
-    assert not out.with_name("out.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     log = json.loads((out / "modmoe_training.json").read_text())["log"]
     assert {"loss", "loss_text", "loss_distill", "loss_balance", "router_entropy"} <= log[0].keys()
     load(out)
@@ -184,11 +187,74 @@ def test_text_that_does_not_fit_is_refused(room: Path, tmp_path: Path) -> None:
         run(room, tmp_path / "out", "token", {"long": str(file)}, max_steps=2)
 
 
-def test_a_loss_that_is_no_number_stops(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
-    with pytest.raises(RecipeError, match=r"the loss is nan at step \d+; lower finetune\.learning_rate") as caught:
-        run(room, tmp_path / "out", "dense", tasks, max_steps=20, learning_rate=1e30, save_steps=1)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("what", "good", "packing"), [("loss", 2, False), ("gradient", 3, True)])
+def test_a_loss_that_is_no_number_stops(
+    room: Path,
+    tmp_path: Path,
+    tasks: dict[str, str],
+    packing: bool,
+    what: str,
+    good: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Tensor] = []
+    real, norm = ModularTrainer.compute_loss, SFTTrainer._clip_grad_norm
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(inputs["input_ids"])
+        if what == "loss" and self.state.global_step == 3:
+            model.get_input_embeddings().weight.data.fill_(torch.nan)
+        return real(self, model, inputs, *args, **kwargs)
+
+    def clip(self: Any, model: Any) -> Any:
+        found = norm(self, model)
+        return found * torch.inf if self.state.global_step == 3 else found
+
+    monkeypatch.setattr(ModularTrainer, "compute_loss", compute_loss)
+    if what == "gradient":
+        monkeypatch.setattr(SFTTrainer, "_clip_grad_norm", clip)
+    with pytest.raises(DivergedError, match=rf"^finetune: the {what} is (nan|inf) at step 4 \(rows of ") as caught:
+        run(room, tmp_path / "out", "dense", tasks, max_steps=5, save_steps=1, packing=packing)
+    said = str(caught.value)
+    assert "; lower finetune.learning_rate (now 0.003), or look for damage" in said and "\n" not in said
+    # the rows that are named are those that were read
+    text = "".join(tiny.tokenizer().decode(row) for row in seen[-1])
+    rows = re.search(r"\(rows of the batch: (.*?)\);", said)
+    assert rows is not None and len(seen) == 4
+    named = [(part.split()[0], int(number)) for part in rows[1].split("; ") for number in re.findall(r"\d+", part)]
+    assert named
+    for task, number in named:
+        row = json.loads(Path(tasks[task]).read_text().splitlines()[number - 1])
+        assert row.get("text", f"{row.get('prompt')}{row.get('completion')}")[-4:] in text
+    # the state that is named has weights that gave a finite loss
+    state = tmp_path / "out.states" / f"checkpoint-{good}"
+    assert said.endswith(f"The last good state is {state}.")
+    assert all(bool(weight.isfinite().all()) for weight in load(state, device="cpu").parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.states"]
+
+
+def test_a_state_is_no_source_of_the_run_that_removes_it(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(room, tmp_path / "out", "token", tasks, max_steps=4, save_steps=2, progress=stop_at(3))
+    states = tmp_path / "out.states"
+    assert caught.value.__notes__ == [f"Training up to step 2 is kept in {states}; go on with --resume."]
+    with pytest.raises(RecipeError, match=r"is a state of .*, which a new run there removes; name another output"):
+        run(states, tmp_path / "out", "checkpoint-2", tasks, max_steps=2)
+    run(states, tmp_path / "other", "checkpoint-2", tasks, max_steps=2)
+    assert changed(states / "checkpoint-2", tmp_path / "other")
+
+
+def test_room_for_the_states_is_looked_for_first(
+    room: Path, tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(weight.numel() for weight in load(room / "token", device="cpu").parameters())
+    # three states, each with the optimiser's two numbers a weight, and the output
+    free = SimpleNamespace(free=4 * (3 * 3 * weights + weights) - 1)
+    monkeypatch.setattr("modmoe.staging.shutil.disk_usage", lambda _: free)
+    with pytest.raises(RecipeError, match=r"needs [\d,]+ bytes, and [\d,]+ are free there"):
+        run(room, tmp_path / "out", "token", tasks, max_steps=9, save_steps=2)
+    assert list(tmp_path.iterdir()) == []
+    run(room, tmp_path / "out", "token", tasks, max_steps=1, save_steps=2)
 
 
 def stop_at(step: int | None, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., None]:
@@ -229,7 +295,7 @@ def test_a_state_cut_short_is_passed_over(room: Path, tmp_path: Path, tasks: dic
     run(room, tmp_path / "whole", "token", tasks, **values)
     with pytest.raises(RuntimeError):
         run(room, tmp_path / "out", "token", tasks, progress=stop_at(5, RuntimeError), **values)
-    states = tmp_path / "out.partial" / "trainer"
+    states = tmp_path / "out.states"
     assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     (states / "checkpoint-4" / "trainer_state.json").unlink()
     run(room, tmp_path / "out", "token", tasks, resume=True, **values)

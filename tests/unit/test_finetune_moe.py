@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from modmoe.checkpoint import Checkpoint
+from modmoe.convert.upcycle import upcycle
+from modmoe.export.native import native_export
 from modmoe.finetune.trainer import ModularTrainer
+from modmoe.recipe import make_recipe
 from tests import moes, tiny
 from tests.unit.test_finetune import changed, run, stop_at
 
@@ -33,7 +37,7 @@ def test_a_resumed_run_is_the_unbroken_one(
     run(tmp_path, tmp_path / "whole", "moe", tasks, **VALUES)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tmp_path / "out", "moe", tasks, progress=stop_at(3), **VALUES)
-    shutil.copytree(tmp_path / "out.partial", tmp_path / "stock.partial")
+    shutil.copytree(tmp_path / "out.states", tmp_path / "stock.states")
     run(tmp_path, tmp_path / "out", "moe", tasks, resume=True, **VALUES)
     assert not changed(tmp_path / "whole", tmp_path / "out")
     learned = changed(source, tmp_path / "out")
@@ -54,6 +58,19 @@ def test_only_routers_learn(tmp_path: Path, tasks: dict[str, str], monkeypatch: 
     learned = {f"model.layers.{layer}.mlp.gate.weight" for layer in moes.SPARSE["qwen2_moe"]}
     assert changed(source, tmp_path / "out") == learned
     assert result["parameters"]["trainable"] == len(learned) * moes.EXPERTS * 32
+
+
+def test_an_upcycled_model_grows_apart(tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_dense(tmp_path / "dense", mlp_bias=False, initializer_range=0.05)
+    recipe = make_recipe({"source": str(tmp_path / "dense"), "method": "upcycle", "assignment.num_experts": 3})
+    upcycle(recipe, str(tmp_path / "moe"), native_export=native_export, prove=lambda *_, **__: {}, write_card=print)
+    monkeypatch.setattr("modmoe.finetune.train.load", eager)
+    run(tmp_path, tmp_path / "out", "moe", tasks, max_steps=2, learning_rate=1e-2)
+    learned = changed(tmp_path / "moe", tmp_path / "out")
+    assert {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)} <= learned
+    tuned = Checkpoint(tmp_path / "out")
+    experts = [tuned[f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"] for expert in range(3)]
+    assert not torch.equal(experts[0], experts[1]) and not torch.equal(experts[1], experts[2])
 
 
 def eager(*args: Any, **kwargs: Any) -> Any:
