@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modmoe.documents import FILES, check_links, open_tensors, read_index, read_object
 from modmoe.errors import CheckpointError, RecipeError
 from modmoe.shards import DTYPES, Made, adder, chunks, is_finite, run_all, write_shards
 
@@ -39,9 +40,8 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES)))
     except Exception as error:
         # the Hub's client raises a dozen kinds; their first line says enough, and none of them holds the token
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -63,23 +63,29 @@ class Checkpoint(Mapping[str, Tensor]):
         self._files: dict[str, Any] = {}
         # name as a causal LM has it -> (file, name in the file)
         self._where = {name: (file, name) for name, file in self._locate().items()}
+        self._added: dict[str, Tensor] = {}
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index}: weight_map is missing or empty; the index is damaged, fetch it again.")
-            for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                    raise CheckpointError(
-                        f"{index}: '{name}' lies in {file!r}, which is not a plain file name in the directory; refused."
-                    )
+            weight_map = read_index(index)
             present = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
             for name, file in weight_map.items():
                 if name not in present[file]:
-                    raise CheckpointError(f"{index}: '{name}' is not in {file}; fetch the checkpoint again.")
-            return dict(weight_map)
+                    raise CheckpointError(f"{index}: '{name[:80]}' is not in {file}; fetch the checkpoint again.")
+            for file, names in present.items():
+                # other programs read all of a shard, so that a model without it would be another one
+                if names - weight_map.keys():
+                    unnamed = min(names - weight_map.keys())
+                    raise CheckpointError(
+                        f"{index}: does not name '{unnamed[:80]}', which is in {file}; fetch it again."
+                    )
+            if SINGLE not in present and (self.directory / SINGLE).is_file():
+                raise CheckpointError(
+                    f"{self.directory}: {INDEX} names other files than {SINGLE}, which is there too; programs differ "
+                    "in which they read, so take away the one that is not meant."
+                )
+            return weight_map
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         loose = sorted(file.name for file in self.directory.glob("*.safetensors"))
@@ -98,33 +104,36 @@ class Checkpoint(Mapping[str, Tensor]):
             path = self.directory / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: the shard is missing; fetch the checkpoint again.")
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
+            self._files[file] = open_tensors(path)
         return self._files[file]
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
+        if name in self._added:
+            return self._added[name]
         file, stored = self._where[name]
         tensor: Tensor = self._open(file).get_tensor(stored)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over tensor names, in the order of the files."""
-        return iter(self._where)
+        return itertools.chain(self._where, self._added)
 
     def __len__(self) -> int:
         """Return the number of tensors."""
-        return len(self._where)
+        return len(self._where) + len(self._added)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
+        if name in self._added:
+            return tuple(self._added[name].shape)
         file, stored = self._where[name]
         return tuple(self._open(file).get_slice(stored).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type from the header."""
+        if name in self._added:
+            return self._added[name].dtype
         file, stored = self._where[name]
         kind = self._open(file).get_slice(stored).get_dtype()
         if kind not in DTYPES:
@@ -143,6 +152,10 @@ class Checkpoint(Mapping[str, Tensor]):
                 name if name.startswith("lm_head.") else f"{prefix}.{name}": place
                 for name, place in self._where.items()
             }
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold tensors of other names beside those of the files."""
+        self._added.update(tensors)
 
     def check_finite(self, report: Callable[[int, int], None] | None = None) -> None:
         """Read every tensor once; raise CheckpointError that names the first with a NaN or an infinity.
@@ -261,11 +274,18 @@ class CheckpointWriter:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json as a mapping; CheckpointError where it is absent or not one."""
+    """Return config.json as a mapping; CheckpointError where it is absent or none, or names weights of its own."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json; name the directory of a checkpoint.")
-    return _read_json(path)
+    check_links(directory)
+    config = read_object(path)
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{path}: model_type is {config['model_type']!r:.80}; it must name the architecture.")
+    if config.get("transformers_weights") is not None:
+        # transformers would read that file, and modmoe the one that every other program reads
+        raise CheckpointError(f"{path}: transformers_weights names a file of its own; take that key away.")
+    return config
 
 
 def is_adapter(directory: Path) -> bool:
@@ -276,7 +296,8 @@ def is_adapter(directory: Path) -> bool:
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Return adapter_config.json as a mapping; CheckpointError where it is none."""
-    return _read_json(directory / ADAPTER_CONFIG)
+    check_links(directory)
+    return read_object(directory / ADAPTER_CONFIG)
 
 
 def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -292,12 +313,12 @@ def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.d
                 "save_pretrained(..., safe_serialization=True)."
             )
         raise CheckpointError(f"{directory}: no {ADAPTER_WEIGHTS}; fetch the adapter again.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            return {name: (tuple(one.get_shape()), DTYPES[one.get_dtype()]) for name, one in slices.items()}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again.") from error
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        for name, one in slices.items():
+            if one.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{path}: '{name[:80]}' has type {one.get_dtype()}, which is not supported.")
+        return {name: (tuple(one.get_shape()), DTYPES[one.get_dtype()]) for name, one in slices.items()}
 
 
 def local_base(directory: Path) -> Path | None:
@@ -352,18 +373,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is a JSON {type(value).__name__}, not an object.")
-    return value
-
-
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights: tokenizer, generation settings, licence. No code."""
+    """Copy what belongs to a checkpoint beside its weights: tokenizer, generation settings, licence. No code.
+
+    Raises CheckpointError where one of them is a link out of the directory.
+    """
     names = (
         "tokenizer*",
         "special_tokens_map.json",
@@ -375,6 +389,7 @@ def copy_companions(source: Path, target: Path) -> None:
         "*.model",
         "LICENSE*",
     )
+    check_links(source, names)
     for pattern in names:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix != ".py":

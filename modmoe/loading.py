@@ -5,6 +5,11 @@ An adapter directory is loaded as its base model with the adapter attached.
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modmoe.checkpoint import (
     ADAPTER_CONFIG,
+    INDEX,
+    SINGLE,
     Checkpoint,
     adapter_headers,
     is_adapter,
@@ -24,7 +31,7 @@ from modmoe.checkpoint import (
     resolve_base,
     resolve_source,
 )
-from modmoe.errors import CheckpointError, ModmoeError, RecipeError, did_you_mean
+from modmoe.errors import CheckpointError, ModmoeError, RecipeError, did_you_mean, is_out_of_memory, reason_of
 from modmoe.modeling import modeling_modmoe, packed_modmoe
 
 TIED_PREFIX = "modmoe_"
@@ -52,6 +59,8 @@ __all__ = [
     "load_tokenizer",
     "own_code",
     "pick_device",
+    "read_settings",
+    "skeleton",
     "tokenizer_home",
 ]
 
@@ -107,23 +116,105 @@ def load(
     directory = resolve_source(source, revision)
     if is_adapter(directory):
         return _load_adapter(directory, trainable, trust_remote_code=trust_remote_code, dtype=dtype, device=where.type)
-    Checkpoint(directory)  # damage is told in one line before transformers sees it
-    config = read_config(directory)
-    _check_code(directory, config, trust_remote_code)
-    kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
-    try:
-        if str(config.get("model_type")).startswith(TIED_PREFIX):
-            model_type, config_type = _own_classes(directory, config)
-            model = model_type.from_pretrained(directory, config=config_type.from_pretrained(directory), **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
-            if where.type == "cpu":  # transformers' own choice is for GPUs; here it refuses many widths of experts
-                model.set_experts_implementation("eager")
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{directory}: transformers cannot load it: {reason[:300]}") from error
+    checkpoint = Checkpoint(directory)  # damage is told in one line before transformers sees it
+    if (directory / ADAPTER_CONFIG).is_file():
+        # transformers would load the base model that this file names, and not the weights that lie here
+        raise CheckpointError(f"{directory}: holds a model and {ADAPTER_CONFIG}; take away the one that is not meant.")
+    empty = skeleton(directory, trust_remote_code=trust_remote_code)
+    _check_sizes(checkpoint, empty)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    with _transformers(directory, "load it"):
+        kind: Any = type(empty)
+        model, info = kind.from_pretrained(directory, config=deepcopy(empty.config), **options)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{directory}: '{missing[0][:80]}' is missing, of {len(missing)} tensors that config.json asks for; "
+                "fetch the checkpoint again."
+            )
+        if where.type == "cpu" and not str(checkpoint.config.get("model_type")).startswith(TIED_PREFIX):
+            # transformers' own choice is for GPUs; here it refuses many widths of experts
+            model.set_experts_implementation("eager")
     loaded: PreTrainedModel = model.eval().to(where)
     return loaded
+
+
+@contextmanager
+def _transformers(directory: Path, doing: str) -> Iterator[None]:
+    """Turn what transformers makes of a damaged or hostile file, any kind of error, into a CheckpointError."""
+    try:
+        yield
+    except ModmoeError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{directory}: transformers cannot {doing}: {reason_of(error, 300)}.") from error
+
+
+def read_settings(directory: Path, kind: Any = AutoConfig) -> Any:
+    """Return config.json as a configuration of the class ``kind``, its defaults filled in; no code is executed.
+
+    Raises CheckpointError where transformers cannot read it, or it has more layers than the checkpoint has tensors.
+    """
+    _check_counts(directory, read_config(directory))
+    with _transformers(directory, "read config.json"):
+        return kind.from_pretrained(directory)
+
+
+def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return a checkpoint's model without values, from its config.json alone; own code is executed only if trusted.
+
+    Raises CheckpointError where no model can be made of it, or only with code that is not trusted.
+    """
+    config = read_config(directory)
+    _check_code(directory, config, trust_remote_code)
+    is_known = not own_code(config) and not str(config.get("model_type")).startswith(TIED_PREFIX)
+    model_type, kind = (
+        (None, AutoConfig) if is_known else causal_lm_classes(directory, trust_remote_code=trust_remote_code)
+    )
+    settings = read_settings(directory, kind)
+    with _transformers(directory, "build it"), torch.device("meta"):
+        make: Any = AutoModelForCausalLM.from_config if model_type is None else model_type
+        made: PreTrainedModel = make(settings)
+    return made
+
+
+_MOST_LAYERS = 10_000
+"""Layers of a configuration without weights."""
+_COUNT = re.compile(r"n_layers?|num_.*layers|num_.*blocks|depth")
+
+
+def _check_counts(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse more layers than there are tensors: transformers would make a list of them, and then the layers."""
+    has_weights = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    held = len(Checkpoint(directory)) if has_weights else _MOST_LAYERS
+    waiting: list[dict[str, Any]] = [config]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int) and _COUNT.fullmatch(key) and value > held:
+                raise CheckpointError(
+                    f"{directory}/config.json: {key} is {value!r:.24}, and there are {held} tensors; restore it."
+                )
+
+
+def _check_sizes(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
+    """Refuse a configuration of a far larger model than the weights are of, before it is given memory."""
+    wanted = sum(tensor.numel() for tensors in (empty.parameters(), empty.buffers()) for tensor in tensors)
+    held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint)
+    # quantized weights hold up to 16 values in one
+    most = _SPARE + held * (32 if checkpoint.config.get("quantization_config") else 2)
+    if wanted > most:
+        raise CheckpointError(
+            f"{checkpoint.directory}/config.json: describes a model of {wanted:.3g} parameters, and the checkpoint has "
+            f"{held:.3g}; one of the two is of another model."
+        )
+
+
+_SPARE = 1 << 22
+"""Values that a model may have beside its weights: masks, tables of positions."""
 
 
 def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTrainedModel:
@@ -136,9 +227,10 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
     except ModmoeError:
         raise
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{directory}: peft cannot load it: {reason[:300]}") from error
+    except Exception as error:  # as with transformers, a damaged file comes to any kind of error
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{directory}: peft cannot load it: {reason_of(error, 300)}.") from error
     return cast(PreTrainedModel, model.eval())
 
 
@@ -179,9 +271,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
         AutoConfig.register(kind.model_type, kind, exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{directory}: no usable tokenizer: {reason[:200]}") from error
+    except (ModmoeError, MemoryError):
+        raise
+    except Exception as error:  # what stands in five files is read by two libraries, which raise any kind of error
+        raise CheckpointError(f"{directory}: no usable tokenizer: {reason_of(error)}.") from error
 
 
 def own_code(config: dict[str, Any]) -> dict[str, str]:
@@ -191,7 +284,7 @@ def own_code(config: dict[str, Any]) -> dict[str, str]:
     dense = config.get("dense_config") if is_tied_type(config.get("model_type")) else config
     dense = dense if isinstance(dense, dict) else {}
     auto_map = dense.get("auto_map")
-    if dense.get("model_type") in CONFIG_MAPPING or not isinstance(auto_map, dict):
+    if str(dense.get("model_type")) in CONFIG_MAPPING or not isinstance(auto_map, dict):
         return {}
     return {key: value for key, value in auto_map.items() if isinstance(value, str)}
 
@@ -267,7 +360,7 @@ def dense_classes(source: Path, *, trust_remote_code: bool) -> DenseClasses:
     if code:
         found = {key: get_class_from_dynamic_module(value, source) for key, value in code.items()}
         return DenseClasses(found["AutoConfig"], found.get("AutoModel"), found["AutoModelForCausalLM"])
-    kind = type(AutoConfig.from_pretrained(source))
+    kind = type(read_settings(source))
     if kind not in AutoModelForCausalLM._model_mapping:
         raise CheckpointError(f"{source}: '{config.get('model_type')}' has no causal language model in transformers.")
     return DenseClasses(kind, AutoModel._model_mapping[kind], AutoModelForCausalLM._model_mapping[kind])

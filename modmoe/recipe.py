@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
+from modmoe.documents import MOST_YAML_BYTES, parse_yaml, read_text
 from modmoe.errors import RecipeError, did_you_mean
+from modmoe.fields import build
 
 Routing = Literal["token", "sequence", "task"]
 
@@ -97,6 +98,14 @@ class ExpertsRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpcycleRecipe:
+    """What experts begin as, where ``method`` is ``upcycle``; their number is ``assignment.num_experts``."""
+
+    redrawn_fraction: float = 0.0
+    """Share of each expert's neurons that are drawn anew: 0 copies the FFN, 0.5 is what Drop-Upcycling chose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneRecipe:
     """How a model is trained after conversion."""
 
@@ -147,8 +156,8 @@ class Recipe:
     source: str | None = None
     """A local directory or a Hub id of the dense checkpoint."""
     method: str = "modular"
-    """modular; cmoe, moefication, emoe or llama_moe, the published splits; prune, to cut neurons; experts, to prune or
-    merge those of a mixture; adapters, to attach some."""
+    """modular; cmoe, moefication, emoe or llama_moe, the published splits; prune, to cut neurons; upcycle, to copy
+    FFNs; experts, to prune or merge those of a mixture; adapters, to attach some."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task name to file; the name becomes the expert's name where experts are tasks."""
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -161,6 +170,8 @@ class Recipe:
     """How experts are chosen at run time."""
     experts: ExpertsRecipe = ExpertsRecipe()
     """Which experts of an existing mixture of experts are left."""
+    upcycle: UpcycleRecipe = UpcycleRecipe()
+    """What the experts of an upcycled model begin as."""
     adapter: AdapterRecipe = AdapterRecipe()
     """Which routed adapter is attached."""
     finetune: FinetuneRecipe = FinetuneRecipe()
@@ -212,11 +223,14 @@ class Recipe:
         for place, value in {
             "finetune.distill_weight": self.finetune.distill_weight,
             "finetune.warmup_fraction": self.finetune.warmup_fraction,
+            "upcycle.redrawn_fraction": self.upcycle.redrawn_fraction,
         }.items():
             if not 0 <= value <= 1:
                 raise RecipeError(f"{place}: {value} is not between 0 and 1.")
         if self.finetune.balance_weight < 0:
             raise RecipeError(f"finetune.balance_weight: {self.finetune.balance_weight} is below 0.")
+        if not 0 <= self.seed < 2**31:
+            raise RecipeError(f"seed: {self.seed} is not between 0 and {2**31 - 1}.")
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise RecipeError(f"tasks: '{name}' is no usable name; use letters, digits, '_', '-' and '.'.")
@@ -226,6 +240,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "cmoe": {"router.kind": "mlp"},
     "moefication": {"router.kind": "mlp"},
     "llama_moe": {"router.kind": "mlp", "router.combine": "sum", "partition.method": "random"},
+    "upcycle": {"assignment.num_experts": 8, "router.top_k": 2, "router.combine": "sum"},
 }
 """Where a method's defaults are others than the recipe's."""
 
@@ -233,21 +248,30 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked.
 
+    A file cannot allow code to be executed, since it may come with the code: ``trust_remote_code: true`` in it is
+    refused unless ``overrides`` say of it what the user does.
+
     Raises:
-        RecipeError: the file cannot be read, is no YAML mapping, has an unknown key or a value of the wrong type.
+        RecipeError: the file cannot be read, is no YAML mapping, has an unknown key or a value of the wrong type, or
+            asks for trust.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(Path(path), MOST_YAML_BYTES))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except ValueError as error:
+        line = getattr(error, "line", None)
+        place = f"{path}:{line}" if line is not None else str(path)
+        raise RecipeError(f"{place}: not valid YAML: {error}.") from error
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}.")
+    if raw.get("trust_remote_code") is True and (overrides or {}).get("trust_remote_code") is None:
+        raise RecipeError(
+            f"{path}: trust_remote_code: a file cannot allow code to be executed; read the checkpoint's Python files, "
+            "then pass --trust-remote-code yourself."
+        )
     try:
         return make_recipe({**_flatten(raw), **(overrides or {})})
     except RecipeError as error:
@@ -272,7 +296,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = value
-    recipe = _build(Recipe, tree, "")
+    recipe = build(Recipe, tree, "")
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -321,57 +345,3 @@ def _flatten(raw: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[place] = value
     return flat
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
-    built: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise RecipeError(f"{place}{key}: no such key.{did_you_mean(key, known)}")
-        built[key] = _fit(hints[key], value, f"{place}{key}")
-    return cls(**built)
-
-
-def _fit(hint: Any, value: Any, place: str) -> Any:
-    """Return ``value`` as the type ``hint`` or raise; YAML reads 1e-4 as a string, and True is an int."""
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{place}: {value!r} is not a mapping of keys.")
-        return _build(typing.cast(type[Any], hint), value, place + ".")
-    if origin in (Union, types.UnionType):
-        inner = [item for item in typing.get_args(hint) if item is not type(None)]
-        return None if value is None else _fit(inner[0], value, place)
-    if origin is Literal:
-        options = typing.get_args(hint)
-        if value not in options or isinstance(value, bool):
-            raise RecipeError(f"{place}: no such value '{value}'.{did_you_mean(str(value), map(str, options))}")
-        return value
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise RecipeError(f"{place}: {value!r} is not a mapping of names.")
-        if typing.get_args(hint)[1] is str:
-            for key, item in value.items():
-                _fit(str, item, f"{place}.{key}")
-        return dict(value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise RecipeError(f"{place}: {value!r} is not true or false.")
-        return value
-    if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RecipeError(f"{place}: {value!r} is not a whole number.")
-        return value
-    if hint is float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if isinstance(value, bool) or not abs(number) < float("inf"):
-            raise RecipeError(f"{place}: {value!r} is not a number.")
-        return number
-    if hint is str and not isinstance(value, str):
-        raise RecipeError(f"{place}: {value!r} is not text.")
-    return value

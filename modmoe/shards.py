@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modmoe.errors import CheckpointError
+from modmoe.errors import CheckpointError, disk_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -185,7 +185,8 @@ def _write_at(path: Path, begin: int, parts: Iterable[bytes | memoryview]) -> in
 
 
 def _refusal(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path.parent}: {error.strerror}; free some space there or name another directory.")
+    known = disk_error(OSError(error.errno, error.strerror), path.parent)
+    return CheckpointError(str(known or f"{path.parent}: {error.strerror}; name another directory."))
 
 
 def chunks(tensor: Tensor) -> Iterator[memoryview]:

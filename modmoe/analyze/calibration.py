@@ -4,30 +4,23 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modmoe.errors import CalibrationError, did_you_mean
+from modmoe.analyze.rows import read_rows
+from modmoe.errors import CalibrationError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from modmoe.analyze.stream import Runner, Turn
 
-FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
-"""The columns a row may have; where a file has several forms, the first of these counts."""
-
-EXTENSIONS = (".jsonl", ".json", ".parquet", ".txt")
-_PASSAGE_CHARACTERS = 2000
-_SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
+_MOST_TOKEN_CHARACTERS = 256
+"""Of the tokens of a text on average: more than the longest that vocabularies have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,26 +53,12 @@ def load_task(name: str, file: str, *, limit: int | None = None) -> Dataset:
 
     Raises:
         CalibrationError: no such file, an unknown extension, invalid UTF-8, JSON or parquet, no usable column, a value
-            of the wrong type, or no text at all. One line with the task, the file, the row and the remedy.
+            of the wrong type, lines or files that would fill the memory, or no text at all. One line with the task,
+            the file, the row and the remedy.
     """
     from datasets import Dataset
 
-    place = f"tasks.{name}: {file}"
-    raw = _read_hub(place, file, limit) if file.startswith("hub:") else _read_file(place, Path(file), limit)
-    numbered = [(number, row) for number, row in islice(raw, limit)]
-    if not numbered:
-        raise CalibrationError(f"{place}: holds no rows; name a file with text in it.")
-    columns = list(dict.fromkeys(column for _, row in numbered for column in row))
-    form = next((form for form in FORMS if all(column in columns for column in form)), None)
-    if form is None:
-        raise CalibrationError(
-            f"{place}: no usable column among {', '.join(columns[:12]) or 'none'}; rename them to 'text', to "
-            "'prompt' and 'completion', or to 'messages'."
-        )
-    rows = [checked for number, row in numbered if (checked := _check_row(place, number, row, form)) is not None]
-    if not rows:
-        raise CalibrationError(f"{place}: {' and '.join(form)} of every row is empty; name a file with text in it.")
-    return Dataset.from_list(rows)
+    return Dataset.from_list(read_rows(name, file, limit))
 
 
 def render(row: dict[str, Any], tokenizer: Any) -> str:
@@ -120,6 +99,8 @@ def token_batches(
         # a chat template writes the first token itself; a second one would be text that the model never saw
         bos = getattr(tokenizer, "bos_token", None)
         special = not (bos and text.startswith(bos))
+        # tokenizers cut a text when it is tokenized whole, which takes minutes where it is a book without a space
+        text = text[: _MOST_TOKEN_CHARACTERS * sequence_length]
         ids = tokenizer(text, truncation=True, max_length=sequence_length, add_special_tokens=special)["input_ids"]
         if ids:
             sequences.append([int(token) for token in ids])
@@ -206,166 +187,3 @@ def _pad(sequences: Sequence[Sequence[int]], padding: int) -> Batch:
         ids_BT[row, : len(sequence)] = torch.tensor(sequence)
         mask_BT[row, : len(sequence)] = 1
     return Batch(ids_BT, mask_BT)
-
-
-def _check_row(place: str, number: int, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the row with its form's columns alone; None where it has no text."""
-    kept: dict[str, Any] = {}
-    for column in form:
-        value = row.get(column)
-        if column == "messages" and value is not None:
-            kept[column] = _check_messages(f"{place}: row {number}", value)
-        elif value is None:
-            kept[column] = [] if column == "messages" else ""
-        else:
-            kept[column] = _check_text(f"{place}: row {number}: '{column}'", value)
-    texts = [message["content"] for message in kept["messages"]] if form == ("messages",) else list(kept.values())
-    return kept if any(text.strip() for text in texts) else None
-
-
-def _check_messages(place: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise CalibrationError(f"{place}: 'messages' is not a list of objects with 'role' and 'content'.")
-    messages = []
-    for message in value:
-        if "role" not in message or "content" not in message:
-            raise CalibrationError(f"{place}: a message lacks 'role' or 'content'; each needs both.")
-        content = "" if message["content"] is None else message["content"]
-        messages.append(
-            {
-                key: _check_text(f"{place}: '{key}'", text)
-                for key, text in (("role", message["role"]), ("content", content))
-            }
-        )
-    return messages
-
-
-def _check_text(place: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(f"{place} is a {type(value).__name__}, not text; write it as a string.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{place} has half a surrogate pair at character {error.start}; remove it.") from error
-    return value
-
-
-Rows = Iterable[tuple[int, dict[str, Any]]]
-"""Rows with their number, counted from 1, or the line they stand on."""
-
-
-def _read_file(place: str, path: Path, limit: int | None) -> Rows:
-    if path.suffix not in EXTENSIONS:
-        hint = did_you_mean(path.suffix, EXTENSIONS) if path.suffix else f" Known: {', '.join(EXTENSIONS)}."
-        raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "no such file"
-        raise CalibrationError(f"{place}: {what}; name a file ({', '.join(EXTENSIONS)}) or hub:ID.")
-    if path.suffix == ".parquet":
-        return _read_parquet(place, path)
-    try:
-        if path.suffix == ".jsonl":
-            return list(islice(_read_lines(place, path), limit))
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise CalibrationError(f"{place}:{line}: not valid UTF-8; save the file as UTF-8.") from error
-    except OSError as error:
-        raise CalibrationError(f"{place}: {error.strerror or error}; make the file readable.") from error
-    return _parse_text(text) if path.suffix == ".txt" else _parse_json(place, path, text, limit)
-
-
-def _read_lines(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise CalibrationError(f"{place}:{number}: not valid UTF-8; save the file as UTF-8.") from error
-            if text.strip():
-                yield number, _check_object(f"{place}:{number}", _decode(f"{place}:{number}", text))
-
-
-def _parse_json(place: str, path: Path, text: str, limit: int | None) -> Rows:
-    if not text.strip():
-        return []
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # many files called .json hold one object a line
-        first = text.lstrip().split("\n", 1)[0]
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and first.rstrip().endswith("}"):
-            return list(islice(_read_lines(place, path), limit))
-        line = getattr(error, "lineno", 1)
-        raise CalibrationError(f"{place}:{line}: not valid JSON: {_reason(error)}.") from error
-    if not isinstance(value, list):
-        if isinstance(value, dict) and any(set(form) <= set(value) for form in FORMS):
-            return [(1, value)]
-        raise CalibrationError(f"{place}: holds a JSON {type(value).__name__}, not a list of objects; write a list.")
-    return [(number, _check_object(f"{place}: row {number}", row)) for number, row in enumerate(value[:limit], 1)]
-
-
-def _parse_text(text: str) -> Rows:
-    text = text.replace("\r\n", "\n").strip("\n")
-    documents = [document for document in re.split(r"\n(?:[ \t]*\n)+", text) if document.strip()]
-    if len(documents) == 1:
-        documents, passage = [], ""
-        for line in text.splitlines():
-            if passage and len(passage) + len(line) > _PASSAGE_CHARACTERS:
-                documents.append(passage)
-                passage = ""
-            passage = f"{passage}\n{line}" if passage else line
-        documents.append(passage)
-    return [(number, {"text": document}) for number, document in enumerate(documents, 1)]
-
-
-def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
-
-    try:
-        file = parquet.ParquetFile(path)
-        names = list(file.schema_arrow.names)
-        known = {column for form in FORMS for column in form}
-        # where no column is of use, all names are wanted for the error
-        columns = [name for name in names if name in known] or names
-        for start, part in enumerate(file.iter_batches(256, columns=columns)):
-            yield from enumerate(part.to_pylist(), 256 * start + 1)
-    except (ArrowException, OSError) as error:
-        raise CalibrationError(f"{place}: not a readable parquet file: {_reason(error)}.") from error
-
-
-def _read_hub(place: str, file: str, limit: int | None) -> Rows:
-    from datasets import load_dataset
-
-    parts = file.removeprefix("hub:").split(":")
-    if len(parts) > 3 or not parts[0]:
-        raise CalibrationError(f"{place}: write hub:ID, hub:ID:CONFIG or hub:ID:CONFIG:SPLIT.")
-    if len(parts) == 2 and parts[1] in _SPLITS:
-        parts = [parts[0], "", parts[1]]
-    parts += [""] * (3 - len(parts))
-    try:
-        # a few rows of a large corpus are streamed; else the Hub's own cache saves the next run the download
-        dataset = load_dataset(parts[0], parts[1] or None, split=parts[2] or "train", streaming=limit is not None)
-        return [(number, dict(row)) for number, row in enumerate(islice(dataset, limit), 1)]
-    except Exception as error:
-        # the library raises a dozen kinds; their first line says enough
-        raise CalibrationError(f"{place}: not to be had from the Hub: {_reason(error)}") from error
-
-
-def _decode(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place}: not valid JSON: {_reason(error)}; mend or remove the line.") from error
-
-
-def _check_object(place: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        return {"text": value}
-    if not isinstance(value, dict):
-        raise CalibrationError(f'{place}: is a JSON {type(value).__name__}, not an object; write {{"text": ...}}.')
-    return value
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

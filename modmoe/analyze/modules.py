@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modmoe.analyze.storage import read_tensors, write_tensors
-from modmoe.errors import CheckpointError, PartitionError
+from modmoe.errors import CheckpointError, PartitionError, reason_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +31,11 @@ class Partition:
             raise PartitionError(
                 f"module_F is {self.module_F.dtype} of {self.module_F.ndim} dimensions; it is int64 of one."
             )
-        if self.num_modules < 1 or not len(self.module_F):
-            raise PartitionError(f"{self.num_modules} modules of {len(self.module_F)} neurons; both must be above 0.")
+        if not 1 <= self.num_modules <= len(self.module_F):
+            raise PartitionError(
+                f"{self.num_modules} modules of {len(self.module_F)} neurons; there must be one at least, and no more "
+                "than neurons."
+            )
         low, high = int(self.module_F.min()), int(self.module_F.max())
         if low < 0 or high >= self.num_modules:
             raise PartitionError(f"modules {low} to {high} are not all within 0 to {self.num_modules - 1}.")
@@ -56,7 +60,8 @@ def check_num_modules(neurons: int, num_modules: int) -> None:
     """Raise PartitionError, with the nearest right numbers, where ``num_modules`` does not divide ``neurons``."""
     if 0 < num_modules <= neurons and neurons % num_modules == 0:
         return
-    divisors = [number for number in range(1, neurons + 1) if neurons % number == 0]
+    small = [number for number in range(1, math.isqrt(neurons) + 1) if neurons % number == 0]
+    divisors = sorted({*small, *(neurons // number for number in small)})
     below = [number for number in divisors if number < num_modules][-1:]
     above = [number for number in divisors if number > num_modules][:1]
     nearest = ", ".join(map(str, below + above))
@@ -83,3 +88,5 @@ def load_partitions(path: str | Path) -> list[Partition]:
         ]
     except KeyError as error:
         raise CheckpointError(f"{path}: {error} is missing; run the analysis again.") from error
+    except (TypeError, ValueError, OverflowError) as error:  # a PartitionError is one of them
+        raise CheckpointError(f"{path}: damaged: {reason_of(error)}; run the analysis again.") from error

@@ -22,7 +22,7 @@ from modmoe.analyze.calibration import Batch
 from modmoe.analyze.modules import Partition
 from modmoe.analyze.storage import read_tensors, write_tensors
 from modmoe.analyze.stream import Runner, Turn, count_tokens, down_weight, draw_positions, starts_of, turns_of
-from modmoe.errors import CalibrationError, CheckpointError, PartitionError
+from modmoe.errors import CalibrationError, CheckpointError, PartitionError, reason_of
 
 _CHUNK_NUMBERS = 1 << 17
 _VECTORS = ("sum_PF", "abs_PF", "square_PF")
@@ -184,9 +184,9 @@ def load_profiles(path: str | Path) -> list[ActivationProfile]:
     """
     tensors, facts = read_tensors(path, "profile.safetensors", "profile")
     try:
-        return [
+        profiles = [
             ActivationProfile(
-                task_names=tuple(facts["task_names"]),
+                task_names=tuple(map(str, facts["task_names"])),
                 tokens_P=tensors[f"layers.{layer}.tokens_P"],
                 sum_PF=tensors[f"layers.{layer}.sum_PF"],
                 abs_PF=tensors[f"layers.{layer}.abs_PF"],
@@ -200,6 +200,30 @@ def load_profiles(path: str | Path) -> list[ActivationProfile]:
         ]
     except KeyError as error:
         raise CheckpointError(f"{path}: {error} is missing; run the analysis again.") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged: {reason_of(error)}; run the analysis again.") from error
+    for layer, profile in enumerate(profiles):
+        _check_shapes(path, layer, profile)
+    return profiles
+
+
+def _check_shapes(path: str | Path, layer: int, profile: ActivationProfile) -> None:
+    """Refuse a layer whose tensors are not of the tasks and neurons that it says, or are no numbers."""
+    tasks, neurons = len(profile.task_names), profile.sum_PF.shape[-1] if profile.sum_PF.ndim else 0
+    modules = None if profile.norm_PM is None else profile.norm_PM.shape[-1] if profile.norm_PM.ndim else 0
+    expected = {
+        "tokens_P": (tasks,),
+        "rows_SF": (len(profile.rows_SF) if profile.rows_SF.ndim else 0, neurons),
+        "norm_PM": (tasks, modules),
+        **dict.fromkeys((*_VECTORS, "taylor_PF"), (tasks, neurons)),
+    }
+    for field, shape in expected.items():
+        tensor = getattr(profile, field)
+        if tensor is not None and (tuple(tensor.shape) != shape or not bool(torch.isfinite(tensor).all())):
+            raise CheckpointError(
+                f"{path}: layers.{layer}.{field} is {tuple(tensor.shape)} where {shape} finite numbers belong; run the "
+                "analysis again."
+            )
 
 
 class _Sums:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modmoe.errors import CheckpointError
+from modmoe.documents import open_tensors
+from modmoe.errors import CheckpointError, reason_of
 
 
 def write_tensors(path: str | Path, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -41,11 +42,13 @@ def read_tensors(path: str | Path, file: str, kind: str) -> tuple[dict[str, Tens
     if not target.is_file():
         raise CheckpointError(f"{target}: no such file; run the analysis that writes it.")
     try:
-        with safe_open(target, framework="pt") as handle:
+        with open_tensors(target, "run the analysis again") as handle:
             facts = json.loads((handle.metadata() or {}).get("modmoe", "{}"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{target}: damaged or cut short ({error}); run the analysis again.") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{target}: damaged ({reason_of(error)}); run the analysis again.") from error
     if not isinstance(facts, dict) or facts.get("kind") != kind:
         raise CheckpointError(f"{target}: is not a {kind}; name the file that the analysis wrote.")
     return tensors, facts

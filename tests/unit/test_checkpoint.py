@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from modmoe.checkpoint import INDEX, MANIFEST, Checkpoint, CheckpointWriter, parse_bytes, resolve_source, tensor_sha256
 from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
+from modmoe.documents import open_tensors
 from modmoe.errors import CheckpointError, ModmoeError, PlanError, RecipeError
 from modmoe.staging import open_output
 from tests.tiny import save_dense
@@ -263,3 +264,13 @@ def test_gpt2_without_its_prefix(tmp_path):
     found.add_prefix("transformer.h")
     assert set(found) == {"transformer.h.0.mlp.c_fc.weight", "transformer.wte.weight"}
     assert found.shape("transformer.wte.weight") == (1,)
+
+
+def test_a_file_that_cannot_be_mapped_is_to_be_cut_in_shards(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 61066786882 bytes from file <x>: Cannot allocate memory (12)")
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("modmoe.documents.safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"unable to mmap .* have it saved in shards"):
+        open_tensors(tmp_path / "model.safetensors")

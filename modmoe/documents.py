@@ -1,0 +1,196 @@
+"""Files from strangers: JSON, YAML and safetensors are read within bounds, and links do not lead out of a directory.
+
+What a file says is checked before anything of that size is made; errors quote of it a short, printable piece.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from modmoe.errors import CheckpointError, reason_of
+
+MOST_JSON_BYTES = 64 << 20
+"""Of a configuration or an index; that of a model with 200,000 tensors takes a quarter of it."""
+MOST_HEADER_BYTES = 32 << 20
+"""Of the header of a safetensors file, which for 200,000 tensors is as large."""
+MOST_YAML_BYTES = 100_000
+"""Of a recipe, or of the head of a card."""
+MOST_YAML_NODES = 20_000
+"""Values and keys, each alias counted as what it stands for."""
+MOST_YAML_DEPTH = 30
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
+"""What of a checkpoint is fetched."""
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Return a UTF-8 file's text; ValueError where it is larger or no UTF-8, OSError where it cannot be read."""
+    size_bytes = path.stat().st_size
+    if size_bytes > most_bytes:
+        raise ValueError(f"it has {size_bytes:,} bytes, over {most_bytes:,}")
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)  # what is no plain file has no size
+    if len(data) > most_bytes:
+        raise ValueError(f"it has over {most_bytes:,} bytes")
+    return data.decode("utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object; CheckpointError where it is none, is too large, or has a key twice."""
+    try:
+        value = json.loads(read_text(path, MOST_JSON_BYTES), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {reason_of(error)}; fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return tensor name to file name of an index; CheckpointError where it is none or names a place elsewhere."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty; the index is damaged, fetch it again.")
+    for name, file in weight_map.items():
+        if not is_plain_name(file):
+            raise CheckpointError(
+                f"{index}: '{name[:80]}' lies in {file!r:.80}, which is not a plain file name in the "
+                "directory; refused."
+            )
+    return weight_map
+
+
+def open_tensors(path: Path, again: str = "fetch it again") -> Any:
+    """Open a safetensors file after its header was checked; no tensor is read.
+
+    Raises CheckpointError, which ends in ``again``, where the header lies about lengths, offsets or shapes, names a
+    tensor twice or has more than MOST_HEADER_BYTES, or where the file is too large for this machine to map.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MOST_HEADER_BYTES:
+                raise ValueError(f"its header would have {size:,} bytes")
+            header = file.read(size)
+        opened = safe_open(path, framework="pt")
+        # safetensors itself keeps the last of two tensors of one name; that it has the rest right is known by now
+        json.loads(header, object_pairs_hook=_unique)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({reason_of(error)}); {again}.") from error
+    except RuntimeError as error:
+        # a file much larger than memory, which the system does not map as one
+        raise CheckpointError(f"{path}: {reason_of(error)}; have it saved in shards of 5 GB.") from error
+    return opened
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"'{twice[:80]}' is there twice")
+    return found
+
+
+def check_links(directory: Path, patterns: Iterable[str] = (*FILES, "tokenizer*")) -> None:
+    """Raise CheckpointError where one of a checkpoint's files is a link that leads out of the directory.
+
+    A checkpoint from a stranger would have files of this machine read, copied and published by such a link. The Hub's
+    cache is as it is: its snapshots are links to the files in ``blobs`` two levels up.
+    """
+    try:
+        real = directory.resolve(strict=True)
+        allowed = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
+        for path in (found for pattern in patterns for found in directory.glob(pattern)):
+            if path.is_symlink() and not any(path.resolve(strict=True).is_relative_to(root) for root in allowed):
+                raise CheckpointError(
+                    f"{path}: is a link to {path.resolve()}, outside of the checkpoint; if that is what you want, put "
+                    "the file itself there, or name the directory it lies in."
+                )
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError up to Python 3.12
+        raise CheckpointError(f"{directory}: a link leads nowhere ({reason_of(error)}); take it away.") from error
+
+
+def is_plain_name(file: Any) -> bool:
+    """Return whether a file that a document names lies in its own directory, by a name that can be printed."""
+    is_name = isinstance(file, str) and len(file) <= 200 and file.isprintable()
+    return is_name and Path(file).name == file and file not in ("", ".", "..")
+
+
+class YamlError(ValueError):
+    """A text is no YAML, or none that is read here."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        """Take what is wrong, and the line where that is known, counted from 1."""
+        super().__init__(problem)
+        self.line = line
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values of a YAML document, as ``yaml.safe_load`` does.
+
+    Raises YamlError where it is none, has a key twice, or is larger than what recipes are once its aliases stand for
+    themselves: ten lines of aliases are enough for a tree that no memory holds.
+    """
+    try:
+        if len(text) > MOST_YAML_BYTES:
+            raise YamlError(f"has {len(text):,} characters, over {MOST_YAML_BYTES:,}")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)
+    except YamlError:
+        raise
+    except Exception as error:  # dates and numbers that are none end in half a dozen kinds
+        mark = getattr(error, "problem_mark", None)
+        raise YamlError(str(getattr(error, "problem", None) or reason_of(error)), mark and mark.line + 1) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but for a bound on the depth, which it takes seconds to reach its own of."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MOST_YAML_DEPTH:
+            raise YamlError(_TOO_DEEP, self.peek_event().start_mark.line + 1)  # type: ignore[no-untyped-call]
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+_TOO_DEEP = f"is nested more than {MOST_YAML_DEPTH} deep"
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the nodes and the depth of a tree, aliases written out; YamlError where they are too many or a circle."""
+    line, key = node.start_mark.line + 1, id(node)
+    if key not in known:
+        known[key] = (0, 0)
+        parts = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(name.value for name, _ in parts if isinstance(name, yaml.ScalarNode) and name.value != "<<")
+            for name, count in names.most_common(1):
+                if count > 1:
+                    raise YamlError(f"'{name[:80]}' is there twice", line)
+            parts = [part for pair in parts for part in pair]
+        inner = [_measure(part, known) for part in parts]
+        known[key] = (1 + sum(size for size, _ in inner), 1 + max((depth for _, depth in inner), default=0))
+    size, depth = known[key]
+    if size == 0:
+        raise YamlError("has an alias inside of what it stands for", line)
+    if size > MOST_YAML_NODES:
+        raise YamlError(f"has over {MOST_YAML_NODES:,} values, its aliases written out", line)
+    if depth > MOST_YAML_DEPTH:
+        raise YamlError(_TOO_DEEP, line)
+    return size, depth
