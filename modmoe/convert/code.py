@@ -36,8 +36,10 @@ def write_code(directory: Path, config: dict[str, Any], source: Path) -> list[st
         source: the dense checkpoint or a tied one; an own architecture's files are taken from there.
 
     Raises:
-        ExportError: a file of the architecture's own code is missing, in another repository or named as one of ours.
+        ExportError: a file of the architecture's own code is missing, in another repository or named as one of ours;
+            ``auto_map`` names code that is not ours.
     """
+    check_auto_map(config)
     modeling = importlib.resources.files("modmoe") / "modeling"
     texts = {name: (modeling / name).read_text(encoding="utf-8") for name in CODE_FILES}
     code = own_code(config)
@@ -51,6 +53,18 @@ def write_code(directory: Path, config: dict[str, Any], source: Path) -> list[st
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     return sorted(texts)
+
+
+def check_auto_map(config: dict[str, Any]) -> None:
+    """Raise ExportError where loading a tied checkpoint would have other code than ours executed."""
+    auto_map = config.get("auto_map")
+    ours = tuple(f"{Path(name).stem}.ModMoE" for name in (CONFIGURATION, MODELING))
+    for key, value in auto_map.items() if isinstance(auto_map, dict) else ():
+        if not (isinstance(value, str) and value.startswith(ours) and value.rpartition(".")[2].isidentifier()):
+            raise ExportError(
+                f"config.json: auto_map: {key} names {str(value)[:80]!r}, which modmoe did not write; take the entry "
+                "out, or convert again."
+            )
 
 
 def write_packed_code(directory: Path) -> None:

@@ -1,0 +1,116 @@
+"""What lies beside the weights: Python files, which are read and never executed, and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modmoe.adapters.methods import METHODS
+from modmoe.convert.code import own_files, write_code, write_packed_code
+from modmoe.diagnosis.files import Weights
+from modmoe.diagnosis.findings import Findings
+from modmoe.errors import ModmoeError
+from modmoe.export import adapted_code
+from modmoe.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
+
+_SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_code(directory: Path, config: Mapping[str, Any], findings: Findings) -> None:
+    """Compare the Python files with those that this version writes, as text; say which it knows nothing of."""
+    present = {file.name: file for file in sorted(directory.glob("*.py"))}
+    own: dict[str, str] = {}
+    try:
+        written = _written(directory, dict(config))
+        own = own_files(dict(config), directory)
+    except ModmoeError as error:
+        findings.fault_of_error(directory, error, "fetch the Python files again")
+        return
+    remedy = "modmoe never executes it; others do, so read it first, or have `modmoe export` write all anew"
+    for name, text in written.items():
+        if name not in present:
+            wrong = "is missing, so nothing but modmoe can load the checkpoint"
+            findings.fault(directory / name, wrong, "have `modmoe export` write all anew")
+        elif present[name].read_bytes() != text.encode():
+            findings.fault(directory / name, "is not the code that this version of modmoe writes", remedy)
+    auto_map = config.get("auto_map") if written else None
+    for key, value in auto_map.items() if isinstance(auto_map, dict) else ():
+        if f"{str(value).rpartition('.')[0]}.py" not in written:
+            wrong = f"names {str(value)[:80]!r}, which is not what this version of modmoe writes"
+            findings.fault(f"{directory / 'config.json'}: auto_map: {key}", wrong, "take the entry out: it is code")
+    strange = [name for name in present if name not in written and name not in own]
+    named = _auto_maps(directory)
+    if own:
+        findings.note(
+            f"{directory}: its architecture is defined by {', '.join(sorted(own))}; nothing was executed: read the "
+            "files before --trust-remote-code"
+        )
+    if strange or (named and not written and not own):
+        files = ", ".join(strange) or "no file here"
+        findings.note(f"{directory}: brings Python code ({files}; auto_map: {named or 'none'}); nothing was executed")
+    findings.checked["code files"] = len(written)
+
+
+def _written(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the files that this version writes beside such a checkpoint."""
+    model_type = str(config.get("model_type"))
+    if not model_type.startswith(TIED_PREFIX):
+        return {}
+    if model_type.startswith(ADAPTED_PREFIX):
+        method = METHODS.get(str(config.get("adapter_method")))
+        return {} if method is None else adapted_code.code_files(method)
+    # what others are to execute is compared by itself
+    named = {key: value for key, value in config.items() if key != "auto_map"}
+    with tempfile.TemporaryDirectory(prefix="modmoe-doctor-") as scratch:
+        if model_type.startswith(PACKED_PREFIX):
+            write_packed_code(Path(scratch))
+        else:
+            write_code(Path(scratch), named, directory)
+        texts = {file.name: file.read_text(encoding="utf-8") for file in Path(scratch).glob("*.py")}
+    # those of the architecture's own are copies of what is looked at
+    return {name: text for name, text in texts.items() if name not in own_files(config, directory)}
+
+
+def _auto_maps(directory: Path) -> str:
+    found = []
+    for name in _SETTINGS:
+        try:
+            value = json.loads((directory / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and value.get("auto_map"):
+            found.append(name)
+    return ", ".join(found)
+
+
+def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights, findings: Findings) -> None:
+    """Check that there is a tokenizer without code of its own, and that the embeddings have a row for each token."""
+    text = config.get("text_config")
+    rows = next((weights.shape(name)[0] for name in weights.where if name.endswith(_EMBEDDINGS)), None)
+    if rows is None:
+        size = (text if isinstance(text, dict) else config).get("vocab_size")
+        rows = size if isinstance(size, int) else None
+    for key in _TOKENS:
+        value = config.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and rows is not None and not -1 <= token < rows:
+                wrong = f"is {token}, and the embeddings have {rows} rows"
+                findings.fault(f"{directory / 'config.json'}: {key}", wrong, "restore config.json")
+    try:
+        tokenizer = load_tokenizer(directory)
+    except ModmoeError as error:
+        reason = str(error).removeprefix(f"{directory}: ")
+        findings.fault(directory, f"has no tokenizer that can be read ({reason})", "copy the tokenizer's files there")
+        return
+    except Exception as error:  # of whatever kind: the files may say anything
+        findings.fault(directory, f"its tokenizer cannot be read ({str(error)[:200]})", "fetch its files again")
+        return
+    findings.checked["tokens"] = len(tokenizer)
+    if rows is not None and len(tokenizer) > rows:
+        wrong = f"the tokenizer has {len(tokenizer)} tokens, and the embeddings have {rows} rows"
+        findings.fault(directory, wrong, "copy the tokenizer that belongs to these weights there")
