@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 
 from modmoe.analyze.activations import cut_by_activations
+from modmoe.analyze.coactivation import cut_by_coactivation
+from modmoe.analyze.gradient import cut_by_gradients
 from modmoe.analyze.kmeans import cut_by_keys
 from modmoe.analyze.modules import Partition, check_num_modules, load_partitions, save_partitions
 from modmoe.analyze.profile import ActivationProfile
@@ -41,6 +43,8 @@ class Partitioner(Protocol):
 PARTITIONERS: dict[str, Partitioner] = {
     "kmeans": cut_by_keys,
     "activations": cut_by_activations,
+    "coactivation": cut_by_coactivation,
+    "gradient": cut_by_gradients,
     "random": cut_at_random,
     "contiguous": cut_in_order,
 }
@@ -60,7 +64,7 @@ def find_partitioner(name: str) -> Partitioner:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
             f"partition.method: '{name}' cannot be imported: {reason}; name package.file.function."

@@ -13,6 +13,7 @@ into every expert. ``native_targets`` says what each target computes, ``native_g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,13 @@ class Native:
 
 
 def native_export(
-    tied: Checkpoint, target: str = "auto", client: str = "transformers", dtype: torch.dtype | None = None
+    tied: Checkpoint,
+    target: str = "auto",
+    client: str = "transformers",
+    dtype: torch.dtype | None = None,
+    *,
+    take: Callable[[str, Tensor, int], Op] = Take,
+    instead: str = "; forms that work: tied, dense",
 ) -> Native:
     """Return the plan of the same model as an MoE of ``target``'s architecture, under the names used on the Hub.
 
@@ -81,6 +88,8 @@ def native_export(
             without where the experts have modules in common.
         client: one of CLIENTS, who will run it.
         dtype: the type that weights will be written in; None keeps theirs.
+        take: makes the op that reads some neurons of a stored projection: its name, the neurons, their dimension.
+        instead: what an error says that the user can do.
 
     Raises:
         ExportError: no such target or client, or the target cannot hold the model; says why and which forms can.
@@ -89,17 +98,15 @@ def native_export(
         raise ExportError(f"target: no target '{target}'.{did_you_mean(target, ['auto', *TARGETS])}")
     if client not in CLIENTS:
         raise ExportError(f"client: no client '{client}'.{did_you_mean(client, CLIENTS)}")
-    model = TiedModel(tied, dtype)
-    names = [target]
-    if target == "auto":
-        names = [name for name, row in TARGETS.items() if model.model_type in row.sources]
-        names.sort(key=lambda name: bool(model.shared_modules) and TARGETS[name].shared is None)
+    model_type = str((tied.config.get("dense_config") or {}).get("model_type"))
+    names = [name for name, row in TARGETS.items() if model_type in row.sources] if target == "auto" else [target]
     if not names:
         known = sorted({source for row in TARGETS.values() for source in row.sources})
         raise ExportError(
-            f"{tied.directory}: no native target holds a '{model.model_type}' model (only {', '.join(known)}); "
-            "forms that work: tied, dense."
+            f"{tied.directory}: no native target holds a '{model_type}' model (only {', '.join(known)}){instead}."
         )
+    model = TiedModel(tied, dtype, take)
+    names.sort(key=lambda name: bool(model.shared_modules) and TARGETS[name].shared is None)
     refused: dict[str, str] = {}
     for name in names:
         reason = why_not(model, TARGETS[name], client)
@@ -107,7 +114,7 @@ def native_export(
             return _export(model, name, client, refused if target == "auto" else {})
         refused[name] = reason
     said = "; ".join(f"{name} can't hold {reason}" for name, reason in _by_reason(refused))
-    raise ExportError(f"{tied.directory}: {said}; forms that work: tied, dense.")
+    raise ExportError(f"{tied.directory}: {said}{instead}.")
 
 
 def _by_reason(refused: dict[str, str]) -> list[tuple[str, str]]:
@@ -218,8 +225,8 @@ def _layer_ops(model: TiedModel, target: Target, gate: Gate, layer: int) -> dict
 
 def _projections(model: TiedModel, stored: str, neurons_N: Tensor, scale_N: Tensor) -> tuple[Op, Op, Op]:
     """Return gate, up and down of some neurons, down multiplied by a number for each."""
-    gate, up = (Take(f"{stored}{role}_proj.weight", neurons_N) for role in ("gate", "up"))
-    down: Op = Take(f"{stored}down_proj.weight", neurons_N, dim=1)
+    gate, up = (model.take(f"{stored}{role}_proj.weight", neurons_N, 0) for role in ("gate", "up"))
+    down = model.take(f"{stored}down_proj.weight", neurons_N, 1)
     return gate, up, down if bool((scale_N == 1).all()) else Scaled(down, scale_N, model.dtype)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from modmoe.checkpoint import Checkpoint
+from modmoe.convert.plan import Op, Take
 from modmoe.export.dense import dense_config, ffn_prefix
 from modmoe.export.native_gates import COLD, Gate, choose_gate
 from modmoe.export.native_targets import Target
@@ -21,9 +23,14 @@ from modmoe.families import layers_of
 class TiedModel:
     """What is asked of a tied checkpoint before it is planned."""
 
-    def __init__(self, tied: Checkpoint, dtype: torch.dtype | None) -> None:
-        """Read headers and memberships; ``dtype`` is the type to be written, None for the weights' own."""
-        self.tied, self.config = tied, tied.config
+    def __init__(
+        self, tied: Checkpoint, dtype: torch.dtype | None, take: Callable[[str, Tensor, int], Op] = Take
+    ) -> None:
+        """Read headers and memberships.
+
+        ``dtype`` is the type to be written, None for the weights' own; ``take`` as for ``native_export``.
+        """
+        self.tied, self.config, self.take = tied, tied.config, take
         self.model_type = str((self.config.get("dense_config") or {}).get("model_type"))
         self.num_experts = int(self.config["num_experts"])
         self.top_k = int(self.config.get("num_experts_per_tok", 1))
