@@ -16,6 +16,7 @@ NAMES = sorted(
     path.name.removesuffix(".yaml")
     for path in files("modmoe.recipes").iterdir()
     if path.name.endswith(tuple(f"{model}.yaml" for model in SIZES))
+    and not path.name.startswith(("modules-", "experts-"))
 )
 # what the papers print, where they have this base model
 PUBLISHED = {
