@@ -10,7 +10,7 @@ import pytest
 from modmoe import __version__
 from modmoe.cli.main import run
 
-COMMANDS = ("analyze", "convert", "finetune", "export", "push", "inspect", "eval", "validate", "env", "demo")
+COMMANDS = ("analyze", "convert", "finetune", "export", "push", "inspect", "doctor", "eval", "validate", "env", "demo")
 SUBCOMMANDS = (("recipes", "ls"), ("recipes", "show"), ("recipes", "cp"))
 HEAVY = ("torch", "transformers", "sklearn", "peft", "trl", "datasets", "numpy", "huggingface_hub", "matplotlib")
 

@@ -1,58 +1,76 @@
-"""What README.md tells people to type is there."""
+"""What README.md and docs/ tell people to type is there, and what README says to do runs."""
 
 from __future__ import annotations
 
 import ast
 import re
-import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+import torch
 
 import modmoe
-from modmoe.cli.main import app
+from modmoe.adapters.methods import METHODS
+from modmoe.ffn import FFNWeights
+from tests import adapted, moes, pages
+from tests.equivalence import test_upcycle
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+README = pages.ROOT / "README.md"
+COMMANDS = [
+    pytest.param(line, id=f"{page.stem}-{line}")
+    for page in pages.PAGES
+    for block in pages.blocks(page, "sh", "console")
+    for line in pages.shell_lines(block)
+]
+PYTHON = [pytest.param(block.text, id=page.stem) for page in pages.PAGES for block in pages.blocks(page, "python")]
+# what pages say to type besides modmoe; whatever is not here is a mistake, or has to be put here
+OTHERS = ("pip ", "make ", "cp -r ", "ln -s ", "tar ", "python ", "head=$(scontrol ")
 
 
-def blocks(*kinds: str) -> list[str]:
-    return [text for kind, text in FENCE.findall(README.read_text(encoding="utf-8")) if kind in kinds]
-
-
-def commands() -> list[str]:
-    """Return the lines of shell blocks that call modmoe: continued lines joined, no prompt, nothing behind a pipe."""
-    lines = "\n".join(blocks("sh", "console")).replace("\\\n", " ").splitlines()
-    found = [line.removeprefix("$ ").split(" | ")[0] for line in lines]
-    return [line for line in found if line.startswith("modmoe ")]
-
-
-@pytest.mark.parametrize("line", commands())
-def test_a_command_is_one_that_modmoe_takes(line: str) -> None:
-    command: Any = typer.main.get_command(app)
-    words = shlex.split(line, comments=True)[1:]
-    while hasattr(command, "commands") and words and not words[0].startswith("-"):
-        assert words[0] in command.commands, f"modmoe has no command {words[0]}"
-        command, words = command.commands[words[0]], words[1:]
-    # parses every option and argument, and runs nothing
-    command.make_context("modmoe", words)
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_one_that_there_is(line: str) -> None:
+    if not line.startswith(OTHERS):
+        words = pages.modmoe_words(line)
+        assert words is not None, f"neither modmoe nor one of {OTHERS}"
+        pages.parse(words)
 
 
 def test_every_step_is_shown() -> None:
-    shown = {line.split()[1] for line in commands()}
+    lines = [line for block in pages.blocks(README, "sh", "console") for line in pages.shell_lines(block)]
+    shown = {line.split()[1] for line in lines if line.startswith("modmoe ")}
     assert {"demo", "convert", "finetune", "eval", "export", "inspect"} <= shown
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", PYTHON)
 def test_python_names_what_there_is(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "modmoe":
-            assert node.attr in modmoe.__all__, f"modmoe.{node.attr} is not public"
+            assert node.attr in {*modmoe.__all__, "adapters"}, f"modmoe.{node.attr} is not public"
 
 
 def test_files_that_are_linked_are_there() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]
     assert not missing
+
+
+def test_the_method_of_ones_own_cuts_a_layer() -> None:
+    code = next(block.text for block in pages.blocks(README, "python") if "def by_size" in block.text)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    down_DF = torch.tensor([[4.0, 1.0, 3.0, 2.0, 6.0, 5.0]])
+    weights = FFNWeights(gate_FD=None, up_FD=down_DF.T, down_DF=down_DF)
+    assert names["by_size"](None, weights, 3, 0).module_F.tolist() == [1, 0, 1, 0, 2, 2]
+
+
+def test_methods_are_tested_on_what_readme_says() -> None:
+    rows = dict(
+        re.findall(r"^\| ([^|]*`[^|]*|adapters[^|]*) \| ([\w, ]+) \|$", README.read_text(encoding="utf-8"), re.M)
+    )
+    said = {name: set(families.split(", ")) for name, families in rows.items()}
+    assert said["`experts`"] == set(moes.CONFIGS)
+    assert said["`upcycle`"] == set(test_upcycle.FORMATS)
+    held = {method: {family for name, family in adapted.CASES if name == method} for method in METHODS}
+    special = {"perft_e": "`perft_e`, `expert_lora`", "expert_lora": "`perft_e`, `expert_lora`", "mixlora": "`mixlora`"}
+    for method, families in held.items():
+        assert said[special.get(method, "adapters but for the next two rows")] == families, method
