@@ -14,17 +14,24 @@ STAMP := $(VENV)/.modmoe-installed
 TREE := build/tree
 DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
+FAULT_KILLS ?= 240
+FAULT_OTHERS ?= 60
+FUZZ_INPUTS ?= 10000
+FUZZ_SECONDS ?= 120
 # programs that read what modmoe writes, for test-clients
 CLIENTS := build/llama_cpp
 LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
 
-.PHONY: help demo test test-clients lint format types imports sizes unit wheel clean install
+.PHONY: help demo test test-clients test-faults test-fuzz lint format types imports sizes unit docs wheel clean install
 
 help:
 	@echo 'make demo     the whole main job on the model that ships with modmoe'
 	@echo 'make test     format, lint, types, imports, file sizes and all tests'
 	@echo 'make lint     the same without the tests'
 	@echo 'make test-clients     the tests with lm-eval and llama.cpp, which it builds: some minutes the first time'
+	@echo 'make test-faults      every command killed, interrupted and out of disk, 400 times: a quarter of an hour'
+	@echo 'make test-fuzz        10,000 hostile checkpoints, recipes and task files: half an hour'
+	@echo 'make docs     the site in build/site, with warnings as errors'
 	@echo 'make wheel    wheel and sdist in dist/'
 	@echo 'make clean    remove what make made, .venv included'
 
@@ -35,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'make: Python 3.11 or newer is needed; name it with PYTHON=...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev,docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -69,6 +76,16 @@ sizes:
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
+# kills, Ctrl-C, full and failing disks, at random calls and times of every command that writes weights
+test-faults: $(STAMP)
+	$(BIN)/python -m tests.faults --kills $(FAULT_KILLS) --others $(FAULT_OTHERS)
+
+# at random, other inputs each time; FUZZ_INPUTS of all kinds together, then as many seconds of bytes led by coverage
+test-fuzz: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --only-binary :all: atheris
+	OMP_NUM_THREADS=1 MODMOE_FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/pytest -q tests/fuzz $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz.bytes_level $(FUZZ_SECONDS)
+
 # llama.cpp's converter lies in the source distribution of llama-cpp-python alone, so it is fetched beside the wheel
 test-clients: $(CLIENTS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m clients $(PYTEST_ARGS)
@@ -84,6 +101,10 @@ $(CLIENTS)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev,eval]' sentencepiece protobuf \
 		$(CLIENTS)/llama_cpp_python-$(LLAMA_CPP)-*.whl
 	@touch $@
+
+# mkdocs-material announces the end of its line in 2027 with each build
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(STAMP)
 	rm -rf dist

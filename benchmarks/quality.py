@@ -89,6 +89,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules": _ROUTED,
     "modules, refit": {**_ROUTED, "assignment.refit": True},
     "modules, quarter shared, refit": {**_ROUTED, "assignment.refit": True, "assignment.shared_modules": "quarter"},
+    "modules, average key, refit": {**_ROUTED, "assignment.refit": True, "router.start": "average_key"},
     "modules, mlp, refit": {**_ROUTED, "assignment.refit": True, "router.kind": "mlp"},
     "modules, activations, refit": {**_ROUTED, "assignment.refit": True, "partition.method": "activations"},
     "modules, random partition": {**_ROUTED, "partition.method": "random"},

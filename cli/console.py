@@ -20,6 +20,10 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class StoppedError(Exception):
+    """Ctrl-C within a command; says what is left of its work. Typer would turn the interrupt itself into a number."""
+
+
 class Console:
     """One command's output. While it is open, whatever a library prints to stdout goes to stderr instead.
 
@@ -60,10 +64,12 @@ class Console:
         logger.setLevel(level if self.speaks else logging.ERROR)
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Put stdout back."""
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        """Put stdout back. Ctrl-C becomes a StoppedError with what was said of it on its way here."""
         self._progress.close(failed=kind is not None)
         self._undo.close()
+        if isinstance(error, KeyboardInterrupt):
+            raise StoppedError(" ".join(getattr(error, "__notes__", ()))) from error
 
     def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Say what a step is doing: a bar on a terminal, otherwise lines; see ``modmoe.cli.progress``."""
@@ -83,13 +89,21 @@ class Console:
         title: str = "",
         next_step: str = "",
         shown: Mapping[str, Any] | None = None,
+        picture: Callable[[], Any] | None = None,
     ) -> None:
-        """Print the result: one JSON object, or tables (of ``shown`` if given) and what the user may do next."""
+        """Print the result: one JSON object, or tables (of ``shown`` if given) and what the user may do next.
+
+        On a terminal it is what ``picture`` makes for rich, where that is given.
+        """
         self._progress.close()
         if not self.speaks:
             return
         if self.as_json:
             self._stdout.write(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        elif not self.quiet and picture is not None and self._stdout.isatty():
+            from rich.console import Console as RichConsole
+
+            RichConsole(file=self._stdout, highlight=False).print(picture())
         elif not self.quiet:
             show(result if shown is None else shown, title, self._stdout)
         self._stdout.flush()

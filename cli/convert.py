@@ -17,6 +17,7 @@ EPILOG = flags.examples(
     "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
     "modmoe convert ./dense ./moe --method cmoe --num-modules 8 --active-fraction 0.75 --task math=math.jsonl",
     "modmoe convert ./dense ./pruned --method prune --score wifv --compensation --task math=math.jsonl",
+    "modmoe convert ./dense ./moe --method upcycle --num-experts 8 --top-k 2",
     "modmoe convert ./mixtral ./smaller --method experts --num-experts 4 --task math=math.jsonl",
     "modmoe convert ./model ./adapter --method adapters --adapter comol --budget 1000000",
 )
@@ -31,13 +32,16 @@ def convert(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="The conversion: modular; cmoe, moefication, emoe or llama_moe; prune, experts or adapters.",
+            help="The conversion: modular; cmoe, moefication, emoe or llama_moe; prune, upcycle, experts or adapters.",
         ),
     ] = None,
     tokens: flags.Tokens = None,
     num_modules: flags.NumModules = None,
     num_experts: Annotated[
-        int | None, typer.Option(help="Experts; by default one a task. With --method experts: those that are left.")
+        int | None,
+        typer.Option(
+            help="Experts; by default one a task, with --method upcycle 8. With --method experts: those that are left."
+        ),
     ] = None,
     modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert.")] = None,
     active_fraction: Annotated[
@@ -117,6 +121,10 @@ def convert(
 
     With --method prune the FFNs are cut to --active-fraction of their neurons, those of the highest --score (magnitude,
     wanda, wifv, taylor, activation, random), and a dense checkpoint of the same architecture is written.
+
+    With --method upcycle each of --num-experts experts is a copy of the FFN, --top-k of them are chosen (2), and it is
+    written for a mixture of experts that transformers knows (Mixtral, Qwen2-MoE, Qwen3-MoE, FlexOlmo, GraniteMoE). It
+    computes what the dense model does until it is trained, and needs no text.
 
     With --method experts the source is a mixture of experts (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, FlexOlmo): experts
     of a low --score (reap, frequency, activation, msan, contribution, random) are left out, or experts of like outputs

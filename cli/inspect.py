@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modmoe import steps
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.cli.progress import size_words
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
 EPILOG = flags.examples("modmoe inspect ./moe", "modmoe inspect ./moe --json | jq .parameters")
 
@@ -25,4 +30,78 @@ def inspect(
     the share of an expert's modules that another expert has too.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        console.finish(steps.inspect(directory), title=directory)
+        result = steps.inspect(directory)
+        console.finish(result, title=directory, picture=lambda: draw_tree(result, directory))
+
+
+MOST_BRANCHES = 6
+"""Experts, and runs of layers that are alike, that are shown one by one: a tree should fit a screen."""
+
+
+def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
+    """Return a checkpoint as a tree: what it is, its parameters, its experts and its layers."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def branch(tree: Tree, head: str, lines: Sequence[str]) -> None:
+        part = tree.add(Text(head, style="bold"))
+        for line in lines[:MOST_BRANCHES]:
+            part.add(Text(line, no_wrap=True, overflow="ellipsis"))
+        if len(lines) > MOST_BRANCHES:
+            part.add(Text(f"... and {len(lines) - MOST_BRANCHES} more; --json has all"))
+
+    kind = [str(result[name]) for name in ("model_type", "method") if result.get(name)]
+    layers = result.get("num_layers")
+    about = [*kind, *([f"{layers} layers"] if layers else []), *_routing(result)]
+    tree = Tree(Text(title, style="bold", overflow="ellipsis", no_wrap=True))
+    tree.add(Text(", ".join(about)))
+    numbers = {name: value for name, value in (result.get("parameters") or {}).items() if value is not None}
+    if numbers.get("active_max") == numbers.get("active"):
+        numbers.pop("active_max", None)
+    width = max((len(name) for name in numbers), default=0)
+    whole = numbers.get("dense")
+    counts = [
+        f"{name:<{width}}  {value:>15,}" + (f"  {100 * value / whole:5.1f} % of dense" if whole else "")
+        for name, value in numbers.items()
+    ]
+    if counts:
+        size = result.get("bytes_on_disk")
+        branch(tree, "parameters" + (f", {size_words(size)} on disk" if size else ""), counts)
+    sparsity = result.get("sparsity") or {}
+    if any(sparsity.values()):
+        told = [f"{name:<6}{100 * value:5.1f} %" for name, value in sparsity.items()]
+        branch(tree, "sparsity, the share that a token does not use", told)
+    experts = result.get("experts") or []
+    if experts:
+        wide = min(24, max(len(str(expert["name"])) for expert in experts))
+        told = [
+            f"{str(expert['name'])[:wide]:<{wide}}  {expert['modules_used']:>5g} modules, "
+            f"{100 * expert['overlap']:.0f} % of them in others too"
+            for expert in experts
+        ]
+        branch(tree, f"{len(experts)} experts of {result.get('num_modules')} modules", told)
+    runs = _runs(result.get("stored_modules") or [], result.get("active_modules") or [])
+    if runs:
+        branch(tree, "layers", runs)
+    return tree
+
+
+def _routing(result: Mapping[str, Any]) -> list[str]:
+    """Return in words who chooses what."""
+    if not result.get("num_experts") or not result.get("routing"):
+        return []
+    if result["routing"] == "task":
+        return ["the caller names the expert"]
+    return [f"{result.get('top_k')} of {result['num_experts']} experts for each {result['routing']}"]
+
+
+def _runs(stored: Sequence[float], active: Sequence[float]) -> list[str]:
+    """Return one line for each run of layers that are alike."""
+    lines, first = [], 0
+    pairs = list(zip(stored, active, strict=False))
+    for layer, pair in enumerate(pairs):
+        if layer + 1 == len(pairs) or pairs[layer + 1] != pair:
+            name = f"layer {first}" if first == layer else f"layers {first} to {layer}"
+            lines.append(f"{name:<14} {pair[0]:>4g} modules stored, {pair[1]:g} active")
+            first = layer + 1
+    return lines

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -15,9 +14,23 @@ from typing import Annotated
 import typer
 
 from modmoe import __version__
-from modmoe.cli import analyze, convert, demo, env, eval, export, finetune, flags, inspect, push, recipes, validate
-from modmoe.cli.console import is_first_process
-from modmoe.errors import ModmoeError, RankError
+from modmoe.cli import (
+    analyze,
+    convert,
+    demo,
+    doctor,
+    env,
+    eval,
+    export,
+    finetune,
+    flags,
+    inspect,
+    push,
+    recipes,
+    validate,
+)
+from modmoe.cli.console import StoppedError, is_first_process
+from modmoe.errors import ModmoeError, RankError, disk_error, hide_secrets
 
 app = typer.Typer(
     name="modmoe",
@@ -40,6 +53,7 @@ app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("push", epilog=push.EPILOG)(push.push)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
 app.add_typer(recipes.app, name="recipes")
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
@@ -50,8 +64,7 @@ app.command("demo", epilog=demo.EPILOG)(demo.demo)
 _ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 # What several processes, started by torchrun, do together; of the rest the first does all.
 _SHARED = ("analyze", "convert", "finetune", "eval")
-# What a full disk or a protected directory raises is no bug of ours.
-_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_STOPPED = 130
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,14 +99,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         code = app(None if arguments is None else list(arguments), prog_name="modmoe", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _say_stopped() if code == _STOPPED else code if isinstance(code, int) else 0
     except ModmoeError as error:
         # what one process fails of, all are told, and the first says it; one that lost the others speaks for itself
-        return _fail(str(error), is_own=isinstance(error, RankError))
+        return _fail(f"{error}{_notes(error)}", is_own=isinstance(error, RankError))
+    except StoppedError as stop:
+        return _say_stopped(f" {stop}")
     except (KeyboardInterrupt, typer.Abort):
-        if is_first_process():
-            print("modmoe: stopped.", file=sys.stderr)
-        return 130
+        return _say_stopped()
     except typer.Exit as stop:
         return stop.exit_code
     except BrokenPipeError:
@@ -103,13 +116,26 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _ClickException):
             return _fail_usage(error)
-        if isinstance(error, OSError) and error.errno in _MENDABLE:
-            return _fail(f"{error.filename or 'output'}: {error.strerror}.")
-        traceback.print_exc()
+        failed = disk_error(error, "output")
+        if failed is not None:
+            # what a full disk or a protected directory raises is no bug of ours
+            return _fail(f"{failed}{_notes(error)}")
+        print(hide_secrets(traceback.format_exc()), file=sys.stderr, end="")
         print(
             "modmoe: this is a bug in modmoe; please report it with the lines above and `modmoe env`.", file=sys.stderr
         )
         return 1
+
+
+def _say_stopped(words: str = "") -> int:
+    if is_first_process():
+        print(f"modmoe: stopped.{words.rstrip()}", file=sys.stderr)
+    return _STOPPED
+
+
+def _notes(error: BaseException) -> str:
+    """Return what was said of an error on its way here: what is kept of the work, and how to go on."""
+    return "".join(f" {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _fail_usage(error: Exception) -> int:
@@ -122,7 +148,7 @@ def _fail_usage(error: Exception) -> int:
 
 def _fail(message: str, *, is_own: bool = False) -> int:
     if is_own or is_first_process():
-        print(f"modmoe: {' '.join(message.split())}", file=sys.stderr)
+        print(f"modmoe: {' '.join(hide_secrets(message).split())}", file=sys.stderr)
     return 2
 
 

@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modmoe.diagnosis.run import doctor
     from modmoe.errors import ModmoeError
     from modmoe.loading import load
     from modmoe.recipe import Recipe, load_recipe, make_recipe
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "analyze",
     "convert",
+    "doctor",
     "evaluate",
     "export",
     "finetune",
@@ -37,6 +39,7 @@ __all__ = [
 _HOMES = {
     "ModmoeError": "modmoe.errors",
     "Recipe": "modmoe.recipe",
+    "doctor": "modmoe.diagnosis.run",
     "evaluate": "modmoe.steps",
     "inspect": "modmoe.steps",
     "load": "modmoe.loading",

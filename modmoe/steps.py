@@ -192,6 +192,12 @@ def convert(
         return reduce_experts(
             resolved, _output("convert", output), prove=verify, write_card=write_experts_card, **options
         )
+    if resolved.method == "upcycle":
+        from modmoe.export.upcycled import upcycle_checked
+
+        _need_source_and_tasks("convert", resolved, reads_text=False)
+        given = {**keywords, "fit_bytes": fit_bytes, "report": report}
+        return upcycle_checked(resolved, _output("convert", output), given, **options)
     if resolved.method == "adapters":
         return _attach(resolved, output, keywords, fit_bytes, **options)
     _need_source_and_tasks("convert", resolved)
@@ -221,8 +227,7 @@ def _attach(
     **options: Any,
 ) -> dict[str, Any]:
     """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
-    if recipe.source is None:
-        raise RecipeError("convert: no source is given; name a local directory or a Hub id.")
+    _need_source_and_tasks("convert", recipe, reads_text=False)
     if fit_bytes is not None:
         raise RecipeError("--fit-bytes: adapters are sized by --budget, a number of parameters.")
     counts = {name: keywords[name] for name in ("num_experts", "top_k") if keywords.get(name) is not None}
@@ -381,10 +386,10 @@ def _local(source: str | Path, revision: str | None) -> str:
     return str(resolve_source(source, revision))
 
 
-def _need_source_and_tasks(step: str, recipe: Recipe) -> None:
+def _need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:
     if recipe.source is None:
         raise RecipeError(f"{step}: no source is given; name a local directory or a Hub id.")
-    if not recipe.tasks:
+    if reads_text and not recipe.tasks:
         raise RecipeError(f"{step}: no task is given; add --task NAME=FILE, or tasks: in a recipe.")
 
 

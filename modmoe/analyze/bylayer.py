@@ -38,7 +38,7 @@ from modmoe.analyze.stream import (
 from modmoe.checkpoint import Checkpoint
 from modmoe.errors import CalibrationError, CheckpointError
 from modmoe.families import Family
-from modmoe.loading import causal_lm_classes, load
+from modmoe.loading import causal_lm_classes, load, read_settings
 
 __all__ = ["ByLayer", "fits", "free_bytes", "model_bytes", "open_model"]
 
@@ -120,7 +120,7 @@ class ByLayer:
         self.checkpoint, self.family, self.scratch = checkpoint, family, scratch
         self.device = device or torch.device("cpu")
         kind, config_kind = causal_lm_classes(checkpoint.directory, trust_remote_code=trust_remote_code)
-        config = config_kind.from_pretrained(checkpoint.directory)
+        config = read_settings(checkpoint.directory, config_kind)
         with init_empty_weights(include_buffers=False):
             self.model = kind._from_config(config, dtype=dtype or _model_dtype(checkpoint))
         self.model.eval().requires_grad_(False)

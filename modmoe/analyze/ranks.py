@@ -29,7 +29,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from modmoe.errors import ModmoeError, RankError
-from modmoe.staging import open_output
+from modmoe.staging import open_output, partial_of
 
 T = TypeVar("T", bound=Any)
 STEPS = (2.0**20, 2.0**-20, 2.0**-60, 2.0**-100)
@@ -209,8 +209,7 @@ def open_first_output(output: str | Path, **options: Any) -> Iterator[Path]:
             yield partial
     else:
         meet()
-        path = Path(output)
-        yield path.with_name(path.name + ".partial")
+        yield partial_of(output)
 
 
 def _close() -> None:

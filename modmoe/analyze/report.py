@@ -13,14 +13,18 @@ from torch import Tensor
 
 import modmoe
 from modmoe.accounting import tensor_bytes, tensor_parameters
-from modmoe.analyze import page, plots
+from modmoe.analyze import page, plots, routed
 from modmoe.analyze.profile import ActivationProfile
+from modmoe.analyze.routing import RoutingView
 from modmoe.analyze.run import Analysis, tokens_by_task
 from modmoe.recipe import Recipe, dump_recipe
+from modmoe.staging import sync
 
 _MOST_NEURONS = 96
 """Rows of the map of neurons; of larger modules every second, third, ... neuron is shown."""
 _MOST_OVERLAP_COLUMNS = 8
+_MOST_VALUES = 40_000
+"""Scores of modules, of all layers and tasks, beyond which there are no tables of them: the page would be slow."""
 
 
 class ModuleAssignment(Protocol):
@@ -46,6 +50,7 @@ def write_report(
     summary: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Mapping[str, Any]] | None = None,
     samples: Mapping[str, Mapping[str, str]] | None = None,
+    routing: RoutingView | None = None,
 ) -> None:
     """Write the report to ``path``, whole or not at all; the page asks for no other file and no network.
 
@@ -57,24 +62,34 @@ def write_report(
         summary: what a conversion returned; its ``parameters``, ``sparsity`` and ``routers`` are shown.
         evaluation: model to task to loss, or to a mapping that has ``loss``; as dense, converted, fine-tuned.
         samples: task to model to text; a model named ``prompt`` is shown as the prompt.
+        routing: what the routers of the converted model do with text.
     """
     tasks = list(analysis.profiles[0].task_names)
+    names = assignments[0].expert_names if assignments else ()
+    sections = {
+        "parameters": ("Parameters", _parameters(analysis, summary) if summary is not None else []),
+        "quality": ("Quality", _quality(evaluation) if evaluation else []),
+        "over-layers": ("Over the layers", _over_layers(recipe, analysis, assignments, summary, routing)),
+        "layers": ("Layer by layer", _layers(recipe, analysis, assignments, summary, tasks, routing)),
+        "tokens": ("Which expert each token chooses", [] if routing is None else routed.text(routing, names)),
+        "text": ("What the models write", _samples(samples) if samples else []),
+        "origin": ("How it was made", _origin(recipe, analysis)),
+    }
+    shown = {anchor: section for anchor, section in sections.items() if section[1]}
     body = [
         page.heading("ModularMoE report", 1),
         page.paragraph(_describe(recipe, analysis, assignments, summary), "lead"),
+        page.contents([(anchor, title) for anchor, (title, _) in shown.items()]),
     ]
-    body += _parameters(analysis, summary) if summary is not None else []
-    body += _quality(evaluation) if evaluation else []
-    body += _over_layers(recipe, analysis, assignments, summary)
-    body += _layers(recipe, analysis, assignments, summary, tasks)
-    body += _samples(samples) if samples else []
-    body += _origin(recipe, analysis)
+    for anchor, (title, parts) in shown.items():
+        body += [page.heading(title, anchor=anchor), *parts]
     text = page.page(f"ModularMoE report: {recipe.source or 'model'}", body)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -141,7 +156,7 @@ def _parameters(analysis: Analysis, summary: Mapping[str, Any]) -> list[str]:
             f"Total sparsity is {100 * sparsity['total']:.1f} %: the share of all parameters, embeddings and attention "
             "included."
         )
-    return [page.heading("Parameters"), page.grid(parts), page.paragraph(words)]
+    return [page.grid(parts), page.paragraph(words)]
 
 
 def _quality(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -161,7 +176,6 @@ def _quality(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for task in tasks
     )
     return [
-        page.heading("Quality"),
         page.grid(
             [
                 page.table("Loss of each task,", ("", *models), rows, note="in nats a token; lower is better."),
@@ -180,14 +194,15 @@ def _over_layers(
     analysis: Analysis,
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
+    routing: RoutingView | None,
 ) -> list[str]:
-    parts = []
+    parts = [] if routing is None else routed.over_layers(routing)
     if len(analysis.profiles[0].task_names) > 1:
         lines = {
             "neurons": [_variation(_mean_activation(profile)) for profile in analysis.profiles],
             "modules": [_variation(scores_PM) for scores_PM in analysis.scores_PM],
         }
-        label = "Coefficient of variation between tasks by layer: " + _spell(lines)
+        label = "Coefficient of variation between tasks by layer: " + routed.spell(lines)
         text = (
             "Standard deviation between tasks over the mean: of a neuron's mean |h|, and of a module's "
             f"'{recipe.assignment.score}' score. 0 means that tasks use the layer alike."
@@ -198,7 +213,7 @@ def _over_layers(
     routers = _routers(recipe, summary)
     if routers:
         lines = {name: [100 * float(router[name]) for router in routers] for name in ("agreement", "chance")}
-        label = "Agreement of the routers with the best expert by layer, percent: " + _spell(lines)
+        label = "Agreement of the routers with the best expert by layer, percent: " + routed.spell(lines)
         text = (
             "How often the router as converted chooses the expert that loses least of the dense output; chance is "
             "always choosing the one that is best most often."
@@ -210,10 +225,11 @@ def _over_layers(
         stored = [float(assignment.membership_EM.any(0).sum()) for assignment in assignments]
         core = [float(assignment.membership_EM.all(0).sum()) for assignment in assignments]
         lines = {"stored": stored, "of every expert": core}
-        label = "Modules by layer: " + _spell(lines)
+        label = "Modules by layer: " + routed.spell(lines)
         text = f"Of {analysis.partitions[0].num_modules} modules: those that some expert has, and those all have."
         parts.append(page.figure(plots.draw_layers("stored", label, lines, "modules"), "Modules stored.", text))
-    return [page.heading("Over the layers"), page.grid(parts)] if parts else []
+    told = [] if routing is None else [page.paragraph(routed.describe(routing), "note")]
+    return [page.grid(parts), *told] if parts else []
 
 
 def _routers(recipe: Recipe, summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -229,10 +245,11 @@ def _layers(
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
     tasks: Sequence[str],
+    routing: RoutingView | None,
 ) -> list[str]:
     routers = _routers(recipe, summary)
-    folds = []
-    for layer in range(len(analysis.scores_PM)):
+    folds, num_layers = [], len(analysis.scores_PM)
+    for layer in range(num_layers):
         assignment = assignments[layer] if assignments else None
         aside = f"{analysis.partitions[layer].num_modules} modules"
         if assignment is not None:
@@ -242,7 +259,10 @@ def _layers(
             aside = f"{num_stored} of {len(held_M)} modules stored, {num_core} of them in every expert"
         if routers:
             aside += f", router agrees in {100 * routers[layer]['agreement']:.0f}\u00a0%"
-        view = _view(analysis, layer, tasks, assignment)
+        # one task that was clustered has more names here than there
+        is_used = routing is not None and list(routing.tasks) == list(tasks)
+        usage_PM = routing.used_LPM[layer] if routing is not None and is_used else None
+        view = _view(analysis, layer, tasks, assignment, usage_PM)
         label = (
             f"Layer {layer}, {aside}: the modules of each expert, their importance for each task, and their neurons."
         )
@@ -252,13 +272,44 @@ def _layers(
         )
         parts = [page.figure(plots.draw_modules(f"l{layer}", label, view), "Modules.", text)]
         if assignment is not None and len(assignment.expert_names) > 1:
-            parts.append(_overlaps(layer, assignment))
-        title = f"Layer {layer}:"
-        folds.append(page.fold(title, aside, [page.grid(parts)], is_open=layer == 0, anchor=f"layer-{layer}"))
-    return [page.heading("Layer by layer"), *folds]
+            sides = [_overlaps(layer, assignment)]
+            if routing is not None and routing.certainty_L is not None:
+                sides.append(routed.choices(layer, routing, assignment.expert_names))
+            parts.append(f"<div>{''.join(sides)}</div>")
+        values = [] if view.importance_PM.size * num_layers > _MOST_VALUES else [_values(layer, view)]
+        title, body = f"Layer {layer}:", [page.grid(parts), *values]
+        folds.append(page.fold(title, aside, body, is_open=layer == 0, anchor=f"layer-{layer}", layer=layer))
+    options = [("all", "all layers"), *((str(layer), f"layer {layer}") for layer in range(num_layers))]
+    return [page.picker("Layer", options, picks="show", of="layer", chosen="0"), *folds]
 
 
-def _view(analysis: Analysis, layer: int, tasks: Sequence[str], assignment: ModuleAssignment | None) -> plots.LayerView:
+def _values(layer: int, view: plots.LayerView) -> str:
+    """Return what the map of a layer's modules shows as a table, for those who do not see it."""
+    columns = [f"for {task}" for task in view.tasks]
+    rows = []
+    for place, module in enumerate(view.modules):
+        row = [str(module), *(f"{value:.3g}" for value in view.importance_PM[:, place])]
+        if view.usage_PM is not None:
+            row += [f"{100 * value:.0f} %" for value in view.usage_PM[:, place]]
+        if view.membership_EM is not None:
+            has_E = view.membership_EM[:, place]
+            row.append(", ".join(name for name, has in zip(view.experts, has_E, strict=True) if has) or "none")
+        rows.append(row)
+    head = ["module", *columns]
+    head += [f"used by {task}" for task in view.tasks] if view.usage_PM is not None else []
+    head += ["experts"] if view.membership_EM is not None else []
+    note = "importance for each task, the share of its tokens that use it where there is a router, and who has it."
+    table = page.table(f"Modules of layer {layer}:", head, rows, note=note)
+    return page.fold("Values", "as a table", [table], is_printed=False)
+
+
+def _view(
+    analysis: Analysis,
+    layer: int,
+    tasks: Sequence[str],
+    assignment: ModuleAssignment | None,
+    usage_PM: Tensor | None,
+) -> plots.LayerView:
     partition, scores_PM = analysis.partitions[layer], analysis.scores_PM[layer]
     order = order_modules(scores_PM, assignment)
     mean_PF = _mean_activation(analysis.profiles[layer])
@@ -281,6 +332,7 @@ def _view(analysis: Analysis, layer: int, tasks: Sequence[str], assignment: Modu
         strength_mM=strength_F[index_mM].numpy(),
         experts=() if assignment is None else assignment.expert_names,
         membership_EM=None if assignment is None else assignment.membership_EM[:, order].numpy(),
+        usage_PM=None if usage_PM is None else usage_PM[:, order].double().numpy(),
     )
 
 
@@ -289,7 +341,7 @@ def _overlaps(layer: int, assignment: ModuleAssignment) -> str:
     shared_EE = member_EM @ member_EM.T
     if len(names) > _MOST_OVERLAP_COLUMNS:
         label = f"Layer {layer}: modules that two experts share."
-        svg = plots.draw_square(f"l{layer}o", label, shared_EE.double().numpy(), names)
+        svg = plots.draw_cells(f"l{layer}o", label, shared_EE.double().numpy(), names, names, "modules")
         return page.figure(svg, "Overlap.", f"Modules that two experts share; the strongest is {int(shared_EE.max())}.")
     rows = [(name, *map(str, shared_E.tolist())) for name, shared_E in zip(names, shared_EE, strict=True)]
     return page.table("Overlap:", ("", *names), rows, note="modules that two experts share; on the diagonal, its own.")
@@ -297,7 +349,6 @@ def _overlaps(layer: int, assignment: ModuleAssignment) -> str:
 
 def _samples(samples: Mapping[str, Mapping[str, str]]) -> list[str]:
     parts = [
-        page.heading("Text"),
         page.paragraph("How each model continues a prompt, taking its most likely token each time.", "note"),
     ]
     for task, texts in samples.items():
@@ -313,7 +364,6 @@ def _origin(recipe: Recipe, analysis: Analysis) -> list[str]:
     tokens = tokens_by_task(analysis.batches)
     rows = [(task, recipe.tasks.get(task, "-"), f"{count:,}") for task, count in tokens.items()]
     return [
-        page.heading("How it was made"),
         page.table("Calibration text.", ("task", "file", "tokens"), rows, is_words=True),
         page.fold("Recipe", "as YAML", [page.preformatted(dump_recipe(recipe))]),
         page.paragraph(f"Written by modmoe {modmoe.__version__}.", "note"),
@@ -341,10 +391,6 @@ def _variation(value_PX: Tensor) -> float:
     """Return the coefficient of variation between tasks, the mean over columns; tasks are scaled to the same total."""
     share_PX = value_PX.double() / value_PX.double().sum(1, keepdim=True).clamp_min(1e-30)
     return float((share_PX.std(0, correction=0) / share_PX.mean(0).clamp_min(1e-30)).mean())
-
-
-def _spell(lines: Mapping[str, Sequence[float]]) -> str:
-    return "; ".join(f"{name} " + ", ".join(f"{value:.3g}" for value in values) for name, values in lines.items()) + "."
 
 
 def _megabytes(size_bytes: float) -> str:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import modmoe
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import fits, free_bytes, model_bytes, open_model
 from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
+from modmoe.analyze.memory import calibrates
 from modmoe.analyze.partition import Partition, check_num_modules, cut_layers, find_partitioner, save_partitions
 from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
 from modmoe.analyze.score import SCORES, module_scores
@@ -25,7 +26,7 @@ from modmoe.checkpoint import Checkpoint, resolve_source, write_json
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.families import Family, family_of, layers_of, neurons_of
 from modmoe.ffn import FFNWeights, LazyFFNs
-from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load_tokenizer, pick_device
+from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load_tokenizer, pick_device, read_settings
 from modmoe.recipe import Recipe, dump_recipe
 from modmoe.staging import check_output
 
@@ -61,8 +62,12 @@ class Analysis:
     scores_PM: list[Tensor]
 
 
-def open_source(recipe: Recipe, revision: str | None = None, progress: Progress | None = None) -> Source:
+def open_source(
+    recipe: Recipe, revision: str | None = None, progress: Progress | None = None, *, headers_only: bool = False
+) -> Source:
     """Check all that can be known before calibration and return the dense source; the first process reads its bytes.
+
+    With ``headers_only`` no weight is read, and values that are not finite are not found.
 
     Raises the kinds of ModmoeError: an unusable checkpoint, an unknown family, values that are not finite, a number of
     modules that does not divide the neurons, unknown methods, task files that cannot be read.
@@ -75,30 +80,38 @@ def open_source(recipe: Recipe, revision: str | None = None, progress: Progress 
         raise RecipeError(
             f"assignment.score: no score '{recipe.assignment.score}'.{did_you_mean(recipe.assignment.score, SCORES)}"
         )
-    if recipe.calibration.by_layer and recipe.assignment.score == "taylor":
+    if recipe.calibration.by_layer and needs_gradients(recipe):
+        what, other = (
+            ("score taylor", "wanda") if recipe.assignment.score == "taylor" else ("partition gradient", "kmeans")
+        )
         raise RecipeError(
-            "calibration.by_layer: score taylor needs the whole model; choose another score, such as wanda, or set it "
-            "to false."
+            f"calibration.by_layer: {what} needs the whole model; choose another, such as {other}, or set it to false."
         )
     find_partitioner(recipe.partition.method)
+    source = open_dense(recipe, revision)
+    check_num_modules(source.neurons, recipe.partition.num_modules)
+    progress = progress or silent
+    progress("reading the tasks")
+    texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
+    if ranks.is_first() and not headers_only:
+        source.checkpoint.check_finite(partial(progress, "checking the source, bytes"))
+    return replace(source, texts=texts)
+
+
+def open_dense(recipe: Recipe, revision: str | None = None) -> Source:
+    """Return the recipe's dense source without any text, from its headers; raises as ``open_source`` does."""
+    assert recipe.source is not None
     directory = resolve_source(recipe.source, revision)
     checkpoint = Checkpoint(directory)
     if is_tied_type(checkpoint.config.get("model_type")):
         raise CheckpointError(f"{directory}: is a ModularMoE checkpoint already; name the dense one.")
     family = family_of(checkpoint.config, recipe.family, str(directory / "config.json"))
     classes = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
-    settings = classes.config.from_pretrained(directory).to_dict()
+    settings = read_settings(directory, classes.config).to_dict()
     checkpoint.add_prefix(family.layers)
-    neurons = neurons_of(settings, family)
-    check_num_modules(neurons, recipe.partition.num_modules)
-    num_layers = layers_of(settings)
+    neurons, num_layers = neurons_of(settings, family), layers_of(settings)
     _check_ffns(checkpoint, family, num_layers, neurons)
-    progress = progress or silent
-    progress("reading the tasks")
-    texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
-    if ranks.is_first():
-        checkpoint.check_finite(partial(progress, "checking the source, bytes"))
-    return Source(checkpoint, family, settings, classes, num_layers, neurons, texts)
+    return Source(checkpoint, family, settings, classes, num_layers, neurons, {})
 
 
 def _check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons: int) -> None:
@@ -123,7 +136,7 @@ def open_runner(recipe: Recipe, source: Source, scratch: Path | None, progress: 
         # on a CPU the processes of a machine share its memory; all of them decide alike
         copies = ranks.num_ranks_here() if device.type == "cpu" else 1
         too_large = not fits(size_bytes * copies, device)
-        by_layer = recipe.assignment.score != "taylor" and bool(ranks.add_up(torch.tensor(int(too_large))))
+        by_layer = not needs_gradients(recipe) and bool(ranks.add_up(torch.tensor(int(too_large))))
     sizes = f"{size_bytes / 1e9:.1f} GB, {free_bytes(device) / 1e9:.1f} GB free"
     progress(f"opening the model {'layer by layer' if by_layer else 'whole'} ({sizes})")
     return open_model(
@@ -145,21 +158,15 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
     runner = open_runner(recipe, source, scratch, progress)
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
     batches = tokenize(recipe, source.texts, tokenizer, progress)
-    clusters = recipe.assignment.num_experts
-    if (
-        recipe.assignment.method not in ("tokens", "modules")
-        and len(batches) == 1
-        and clusters is not None
-        and clusters > 1
-    ):
+    clusters = count_clusters(recipe)
+    if len(batches) == 1 and clusters > 1:
         report = counter(progress, "clustering sequences, tokens", sum(tokens_by_task(batches).values()))
         batches = cluster_sequences(runner, next(iter(batches.values())), clusters, recipe.seed, report)
     total = sum(tokens_by_task(batches).values())
-    needs_gradients = recipe.assignment.score == "taylor"
     profiles = profile_model(
         runner,
         batches,
-        gradients=needs_gradients,
+        gradients=needs_gradients(recipe),
         seed=recipe.seed,
         progress=counter(progress, "profiling, tokens", total),
     )
@@ -190,6 +197,21 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
     return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+
+
+def needs_gradients(recipe: Recipe) -> bool:
+    """Return whether the profile has to have a backward pass, and so the model to be in memory as a whole."""
+    return recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
+
+
+def count_clusters(recipe: Recipe) -> int:
+    """Return how many clusters of sequences stand for tasks where there is one task; 1 leaves it as it is.
+
+    They are as many as experts, or where every module is an expert and is cut by gradients, as modules.
+    """
+    if recipe.assignment.method not in ("tokens", "modules"):
+        return recipe.assignment.num_experts or 1
+    return recipe.partition.num_modules if recipe.partition.method == "gradient" else 1
 
 
 def tokenize(recipe: Recipe, texts: Mapping[str, Any], tokenizer: Any, progress: Progress) -> dict[str, list[Batch]]:
@@ -247,6 +269,7 @@ def silent(*_: Any) -> None:
 
 
 @ranks.joined()
+@calibrates
 def analyze(
     recipe: Recipe,
     output: str,

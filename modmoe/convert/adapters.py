@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import copy_companions, resolve_source
-from modmoe.errors import AdapterError, CheckpointError, RecipeError
-from modmoe.loading import causal_lm_classes, load
+from modmoe.errors import AdapterError, RecipeError
+from modmoe.loading import load, skeleton
 from modmoe.recipe import AdapterRecipe, Recipe
 from modmoe.staging import check_output, open_output
 
@@ -59,7 +59,8 @@ def attach_adapters(
         difference = float((attached(ids_BT, use_cache=False).logits - before).abs().max())
     if difference:
         raise AdapterError(f"{config.method}: the fresh adapter changes the logits by {difference:.3g}; it must not.")
-    with open_output(output, overwrite=overwrite) as partial:
+    adapter_bytes = plan["parameters"]["adapter"] * torch.float32.itemsize
+    with open_output(output, overwrite=overwrite, size_bytes=adapter_bytes) as partial:
         progress("writing")
         write_adapters(attached, source, partial, recipe)
     return {
@@ -80,19 +81,6 @@ def adapter_config(wanted: AdapterRecipe, model: PreTrainedModel) -> Any:
     if wanted.budget is not None:
         return solve_budget(wanted.method, model, wanted.budget, **wanted.settings)
     return config
-
-
-def skeleton(source: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a checkpoint's model without values, from its config.json alone; own code is executed only if trusted."""
-    model_type, config_type = causal_lm_classes(source, trust_remote_code=trust_remote_code)
-    try:
-        config = config_type.from_pretrained(source)
-        with torch.device("meta"):
-            model: PreTrainedModel = model_type(config)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{source}: transformers cannot build it: {reason[:200]}") from error
-    return model
 
 
 def attach_to(model: PreTrainedModel, config: Any, source: str, revision: str | None = None) -> Any:

@@ -10,6 +10,7 @@ from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
 from modmoe.convert.prune import SCORES as NEURON_SCORES
 from modmoe.convert.run import METHODS, check_experts, settle
 from modmoe.convert.splits import SPLITS
+from modmoe.convert.upcycle import check_counts
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.families import family_of
 from modmoe.recipe import Recipe
@@ -39,6 +40,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError("adapter.method: is not given; method adapters needs one.")
     if recipe.method == "experts" and recipe.experts.num_experts is None:
         raise RecipeError("experts.num_experts: is not given; say how many experts each layer keeps.")
+    if recipe.method == "upcycle":
+        check_counts(recipe)
     if recipe.tasks and recipe.method == "modular":
         check_experts(recipe)
     if recipe.method in SPLITS:

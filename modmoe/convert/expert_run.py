@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from modmoe.accounting import count_sizes, tensor_parameters
+from modmoe.accounting import count_sizes, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
 from modmoe.analyze.calibration import load_task
+from modmoe.analyze.memory import calibrates
 from modmoe.analyze.run import Progress, counter, save_recipe, silent, tokenize, tokens_by_task
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
 from modmoe.convert.expert_stats import ExpertStats, measure_experts
@@ -35,7 +36,7 @@ from modmoe.convert.run import peak_rss_bytes
 from modmoe.errors import CheckpointError, RecipeError
 from modmoe.families import layers_of
 from modmoe.inspection import inspect
-from modmoe.loading import dense_classes, load, load_tokenizer
+from modmoe.loading import dense_classes, load, load_tokenizer, read_settings
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
@@ -81,6 +82,7 @@ class _Source:
 
 
 @ranks.joined()
+@calibrates
 def reduce_experts(
     recipe: Recipe,
     output: str,
@@ -116,12 +118,12 @@ def reduce_experts(
     progress = progress or silent
     started_s = time.monotonic()
     check_output(output, overwrite=overwrite)
-    source = _open_source(recipe, revision, progress)
+    source = _open_source(recipe, revision, progress, headers_only=dry_run)
     if dry_run:
         return _costs(recipe, source)
     for line in source.warnings:
         LOG.warning("%s", line)
-    with ranks.open_first_output(output, overwrite=overwrite) as directory:
+    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=tensor_bytes(source.checkpoint)) as directory:
         stats = _measure(recipe, source, progress)
         choices = [choose(stats[block.layer], recipe.experts, recipe.seed + block.layer) for block in source.blocks]
         if not ranks.is_first():
@@ -156,8 +158,8 @@ def reduce_experts(
     return {**result, "seconds": round(time.monotonic() - started_s, 2), "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _open_source(recipe: Recipe, revision: str | None, progress: Progress) -> _Source:
-    """Check all that can be known before calibration."""
+def _open_source(recipe: Recipe, revision: str | None, progress: Progress, *, headers_only: bool) -> _Source:
+    """Check all that can be known before calibration; with ``headers_only`` without reading a weight."""
     assert recipe.source is not None
     if recipe.calibration.by_layer:
         raise RecipeError("calibration.by_layer: experts are measured with the whole model in memory; set it to false.")
@@ -166,7 +168,7 @@ def _open_source(recipe: Recipe, revision: str | None, progress: Progress) -> _S
     checkpoint = Checkpoint(directory)
     blocks = read_blocks(checkpoint)
     classes = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
-    config = classes.config.from_pretrained(directory)
+    config = read_settings(directory, classes.config)
     model_type = str(checkpoint.config["model_type"])
     left, top_k = check_number(recipe.experts, blocks[0].num_experts, model_type), int(config.num_experts_per_tok)
     if (getattr(config, "n_group", 1) or 1) > 1:
@@ -181,7 +183,7 @@ def _open_source(recipe: Recipe, revision: str | None, progress: Progress) -> _S
         warnings.append(f"a token had {top_k} experts and has {left} from now on, all that are left.")
     progress("reading the tasks")
     texts = {name: load_task(name, file) for name, file in recipe.tasks.items()}
-    if ranks.is_first():
+    if ranks.is_first() and not headers_only:
         checkpoint.check_finite(partial(progress, "checking the source, bytes"))
     return _Source(checkpoint, blocks, texts, left, min(top_k, left), warnings)
 

@@ -1,19 +1,25 @@
-"""LLaMA-MoE: neurons dealt out at random, experts weighted by a router that begins with nothing known.
+"""LLaMA-MoE: neurons dealt out to experts, which a router that begins with nothing known weighs.
 
 LLaMA-MoE, https://arxiv.org/abs/2406.16554, sections 3 and 4; their released models have the random split
 
-    experts = neurons in random order, in equal parts                 independent, random
+    experts = neurons in equal parts                        independent, by ``partition.method``
     y = E / k * sum_{e in top_k} softmax_e(s(x)) E_e(x),    s(x) = W2 tanh(W1 x)
 
 What differs    published                               here
 W1, W2          drawn, tanh                             drawn, ReLU: a tied model's router has no other
 E / k           on the sum                              in the down projection, so all modules on are E / k dense FFNs
 noise of s(x)   while training                          left out
+random          neurons in random order                 ``partition.method`` random, the default
 clusters        k-means of up or gate rows              ``partition.method`` kmeans: gate rows
-independent,    neurons to experts by what gradients    left out
-by gradient     over clusters of text say
-sharing-inner,  each cluster's own best neurons, with   left out; ``method`` modular with ``assignment.score`` taylor
-sharing-inter   or without a part that all share        chooses modules so, and ``shared_modules`` is that part
+gradient        neurons to experts by what gradients    ``partition.method`` gradient; see there
+                over clusters of text say
+sharing-inner   each cluster's own best neurons, of     left out: experts overlap by single neurons, while a split has
+                which several have the same             each neuron in one. ``method`` modular is that construction
+                                                        where modules are single neurons (``num_modules``), experts
+                                                        clusters (``num_experts``), and ``score`` is taylor; only E / k
+                                                        and the router differ
+sharing-inter   the same beside a part that all have:   the same with ``shared_modules``, there the neurons of the
+                neurons that most clusters want         highest mean score rather than those wanted by most
 num_experts     8 or 16, 2 or 4 of them chosen          ``num_modules``, and ``active_fraction`` of them
 """
 

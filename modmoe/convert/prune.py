@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modmoe.accounting import dense_neurons, tensor_parameters
+from modmoe.accounting import dense_neurons, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import Stage
 from modmoe.analyze.profile import ActivationProfile, save_profiles
@@ -118,13 +118,13 @@ def prune(
     started_s = time.monotonic()
     check_output(output, overwrite=overwrite)
     check_score(recipe.assignment.score)
-    source = open_source(_for_analysis(recipe), revision, progress)
+    source = open_source(_for_analysis(recipe), revision, progress, headers_only=dry_run)
     if recipe.router.compensation:
         check_bias(source.checkpoint, source.family)
     count = max(1, round(recipe.assignment.active_fraction * source.neurons))
     if dry_run:
         return _costs(recipe, source, count)
-    with ranks.open_first_output(output, overwrite=overwrite) as directory:
+    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=tensor_bytes(source.checkpoint)) as directory:
         analysis = analyze_source(_for_analysis(recipe), source, progress, directory)
         pruned = prune_layers(recipe, analysis, count, directory, progress)
         if not ranks.is_first():

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import ByLayer
 from modmoe.analyze.bylayer import fits as has_room
+from modmoe.analyze.memory import calibrates
 from modmoe.analyze.run import (
     Analysis,
     Progress,
@@ -45,10 +47,11 @@ from modmoe.inspection import inspect
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
-METHODS = ("modular", *SPLITS, "prune", "experts", "adapters")
+METHODS = ("modular", *SPLITS, "prune", "upcycle", "experts", "adapters")
 
 
 @ranks.joined()
+@calibrates
 def convert(
     recipe: Recipe,
     output: str,
@@ -82,10 +85,10 @@ def convert(
     check_output(output, overwrite=overwrite)
     recipe = settle(recipe)
     check_experts(recipe)
-    source = open_source(recipe, revision, progress)
+    source = open_source(recipe, revision, progress, headers_only=dry_run)
     if dry_run:
         return plan_costs(recipe, source)
-    with ranks.open_first_output(output, overwrite=overwrite) as directory:
+    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=tensor_bytes(source.checkpoint)) as directory:
         analysis = analyze_source(recipe, source, progress, directory)
         if fits_layerwise(recipe):
             fits = _fit_layerwise(recipe, analysis, directory, progress)
@@ -124,9 +127,13 @@ def convert(
         }
         if report is not None:
             from modmoe.analyze.report import write_report
+            from modmoe.convert.view import view_converted
 
             progress("writing the report")
-            write_report(Path(report), recipe, analysis, assignments=[fit.assignment for fit in fits], summary=result)
+            chosen = [fit.assignment for fit in fits]
+            members_EM = [assignment.membership_EM for assignment in chosen]
+            view = view_converted(recipe, directory, analysis, members_EM, scratch=directory)
+            write_report(Path(report), recipe, analysis, assignments=chosen, summary=result, routing=view)
         progress("putting it on the disk")
     result["seconds"] = round(time.monotonic() - started_s, 2)
     result["peak_rss_bytes"] = peak_rss_bytes()

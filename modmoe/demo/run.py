@@ -274,7 +274,7 @@ def write_demo_report(
     evaluation: Mapping[str, Mapping[str, float]],
     samples: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Write the HTML report of a conversion from what it left on disk; the model is not run again."""
+    """Write the HTML report of a conversion from what it left on disk; the dense model is not run again."""
     from modmoe.analyze.modules import load_partitions
     from modmoe.analyze.profile import load_profiles
     from modmoe.analyze.report import write_report
@@ -282,6 +282,7 @@ def write_demo_report(
     from modmoe.analyze.score import module_scores
     from modmoe.analyze.stream import WholeModel
     from modmoe.convert.run import make_assignments
+    from modmoe.convert.view import view_converted
     from modmoe.ffn import LazyFFNs
     from modmoe.loading import load, load_tokenizer
     from modmoe.recipe import load_recipe
@@ -300,12 +301,15 @@ def write_demo_report(
     ]
     runner = WholeModel(load(directory, device="cpu"), source.family)
     analysis = Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    assignments = make_assignments(recipe, analysis)
+    members_EM = [assignment.membership_EM for assignment in assignments]
     write_report(
         path,
         recipe,
         analysis,
-        assignments=make_assignments(recipe, analysis),
+        assignments=assignments,
         summary=summary,
         evaluation=evaluation,
         samples=samples,
+        routing=view_converted(recipe, converted, analysis, members_EM),
     )

@@ -122,7 +122,9 @@ def export_adapter(
     )
     headers = adapter_headers(directory)
     _check(source, form, expert, approximate, tasks)
-    with open_output(output, overwrite=overwrite) as partial:
+    adapter_bytes = _header_bytes(headers)
+    base_bytes = 0 if form == "adapter" else tensor_bytes(source.base)
+    with open_output(output, overwrite=overwrite, size_bytes=adapter_bytes + base_bytes) as partial:
         writer = CheckpointWriter(partial, max_shard_bytes=shard_bytes)
         if form == "adapter":
             made = _write_alone(source, partial, Path(output))
@@ -138,7 +140,6 @@ def export_adapter(
             _log.warning("%s", line)
         _copy_tokenizer(directory, source.base.directory, partial, with_settings=form != "adapter")
         verified = verify_export(made.reference, partial, stored=made.stored, **made.options) if verify else None
-        adapter_bytes = _header_bytes(headers)
         result = {
             "form": form,
             "target": made.target,

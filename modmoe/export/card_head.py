@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
+from modmoe.documents import YamlError, parse_yaml
 from modmoe.export.parcel import CARD, RECIPES, hub_id
 
 RESULTS = "modmoe_eval.json"
@@ -128,7 +128,7 @@ def _licence(sources: Sequence[Path], base: str | None) -> dict[str, Any]:
 
 def _yaml(text: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        values = parse_yaml(text)
+    except YamlError:
         return {}
     return values if isinstance(values, dict) else {}

@@ -36,7 +36,7 @@ from modmoe.checkpoint import (
     is_adapter,
     tensor_sha256,
 )
-from modmoe.errors import CheckpointError, ExportError
+from modmoe.errors import CheckpointError, ExportError, hide_secrets
 from modmoe.export.parcel import CARD, Contents, contents, list_files, warnings_of
 
 TIMEOUT_S = 120.0
@@ -347,6 +347,4 @@ def _blob_id(item: Path | bytes) -> str:
 
 def _redact(text: str) -> str:
     token = get_token()
-    if token:
-        text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{6,}|(?<=[Bb]earer )\S+", "***", text)
+    return hide_secrets(text.replace(token, "***") if token else text)

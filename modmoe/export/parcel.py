@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from modmoe.documents import MOST_YAML_BYTES, parse_yaml, read_text
 from modmoe.errors import ExportError
 from modmoe.shards import adder
 
@@ -78,9 +79,9 @@ def public_recipe(path: Path) -> str:
     Comments on top stay too, unless they name a path. Raises ExportError where the file is no YAML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        text = read_text(path, MOST_YAML_BYTES)
+        values = parse_yaml(text)
+    except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read as YAML; mend it or take it away.") from error
     lines = text.splitlines()
     count = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))

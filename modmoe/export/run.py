@@ -25,7 +25,7 @@ from modmoe.export.parcel import public_recipe
 from modmoe.export.tied import tied_plan, with_dtype
 from modmoe.export.verify import verify as verify_export
 from modmoe.loading import PACKED_PREFIX, is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
-from modmoe.staging import check_output, check_space, open_output
+from modmoe.staging import check_output, open_output
 
 FORMS = ("tied", "dense", "native", "packed", "adapter")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -143,8 +143,7 @@ def export(
     bytes_before = tensor_bytes(tied)
     bytes_after = sum(tensor.size_bytes for tensor in made.plan.outputs(tied, wanted).values())
     say(f"{form}: {bytes_before:,} bytes become {bytes_after:,}")
-    check_space(output, bytes_after)
-    with open_output(output, overwrite=overwrite) as partial:
+    with open_output(output, overwrite=overwrite, size_bytes=bytes_after) as partial:
         writer = CheckpointWriter(
             partial, max_shard_bytes=shard_bytes, report=lambda *count: say("writing, bytes", *count)
         )

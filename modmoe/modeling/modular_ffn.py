@@ -112,7 +112,7 @@ class ModularFFN(nn.Module):
             )
         is_weighted = self.combine == "sum" and self.top_k > 1
         if not is_weighted:
-            # only the router learns from a choice that weighs nothing: that gradient is no descent of the loss, and what
+            # only the router learns from a choice that weighs nothing: that gradient is no descent of the loss, and all
             # it would tell the layers before grows with the router's weights until it drowns theirs
             x, x_TD = x.detach(), x_TD.detach()
         features_TD = x_TD

@@ -25,7 +25,8 @@ def layer_of(layer: int) -> tuple[ActivationProfile, FFNWeights]:
     generator = torch.Generator().manual_seed(layer)
     rows_SF = torch.randn(40, 192, generator=generator).relu()
     zeros_PF = torch.zeros(1, 192, dtype=torch.float64)
-    profile = ActivationProfile(("t",), torch.tensor([40]), zeros_PF, zeros_PF, zeros_PF, None, rows_SF, rows_seen=40)
+    sums = (zeros_PF, zeros_PF, zeros_PF, rows_SF.double().sum(0, keepdim=True))
+    profile = ActivationProfile(("t",), torch.tensor([40]), *sums, rows_SF, rows_seen=40)
     up_FD = torch.randn(192, 300, generator=generator)
     return profile, FFNWeights(None, up_FD, up_FD.T)
 

@@ -44,7 +44,8 @@ def same_modules(one_F: Tensor, two_F: Tensor) -> bool:
 def layer_of(rows_SF: Tensor, up_FD: Tensor, gate_FD: Tensor | None = None) -> tuple[ActivationProfile, FFNWeights]:
     zeros_PF = torch.zeros(1, rows_SF.shape[1], dtype=torch.float64)
     tokens = torch.tensor([len(rows_SF)])
-    profile = ActivationProfile(("t",), tokens, zeros_PF, zeros_PF, zeros_PF, None, rows_SF, len(rows_SF))
+    taylor_PF = rows_SF.double().abs().sum(0, keepdim=True)
+    profile = ActivationProfile(("t",), tokens, zeros_PF, zeros_PF, zeros_PF, taylor_PF, rows_SF, len(rows_SF))
     return profile, FFNWeights(gate_FD, up_FD, up_FD.T)
 
 
@@ -178,8 +179,8 @@ def test_a_partition_knows_its_permutation() -> None:
         ([0, 0, 2, 2], 3, "modules have 0 to 2 neurons"),
         ([0, 1, 2, 3], 3, "modules 0 to 3 are not all within 0 to 2"),
         ([-1, 0], 2, "modules -1 to 0 are not"),
-        ([], 1, "both must be above 0"),
-        ([0], 0, "both must be above 0"),
+        ([], 1, "there must be one at least"),
+        ([0], 0, "there must be one at least"),
     ],
 )
 def test_a_partition_refuses_unequal_modules(modules: list[int], num_modules: int, said: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 
+from modmoe.analyze import page as parts
 from modmoe.analyze import plots
 from modmoe.analyze.report import order_modules, write_report
+from modmoe.analyze.routed import most_telling
+from modmoe.analyze.routed import text as coloured_text
 from modmoe.analyze.run import Analysis, analyze_source, open_source, silent
+from modmoe.analyze.script import SCRIPT
 from modmoe.convert.run import make_assignments
 from modmoe.recipe import Recipe, make_recipe
-from tests import tiny
+from tests.reports import NASTY, analysed, full_report, routed_view, summary
 
-NASTY = "<script>alert('x')</script>&\"]]>"
 VOID = {"meta", "link", "br", "hr", "img", "path", "use", "image", "rect", "circle", "line", "stop"}
 
 
@@ -53,54 +61,20 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Analysis]:
-    folder = tmp_path_factory.mktemp("report")
-    dense = tiny.save_dense(folder / "dense")
-    recipe = make_recipe(
-        {
-            "source": str(dense),
-            "tasks": tiny.write_tasks(folder / "tasks"),
-            "calibration.tokens": 400,
-            "calibration.sequence_length": 32,
-            "partition.num_modules": 8,
-        }
-    )
-    return recipe, analyze_source(recipe, open_source(recipe), silent)
-
-
-def summary() -> dict[str, Any]:
-    return {
-        "output": NASTY,
-        "parameters": {"dense": 1000, "stored": 900, "active": 700, "materialised": 1500},
-        "sparsity": {"ffn": 0.5, "total": 0.3},
-        "tensor_bytes": 3600,
-        "routers": [{"agreement": 0.7, "chance": 0.4}] * 2,
-    }
-
-
 def write(path: Path, made: tuple[Recipe, Analysis], **options: Any) -> Page:
     write_report(path, *made, **options)
     return Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, made: tuple[Recipe, Analysis]) -> tuple[str, Page]:
-    recipe, analysis = made
-    named = [
-        SimpleNamespace(membership_EM=item.membership_EM, expert_names=(NASTY, "計算", "c"))
-        for item in make_assignments(recipe, analysis)
-    ]
-    path = tmp_path_factory.mktemp("full") / "deep" / "report.html"
-    page = write(
-        path,
-        made,
-        assignments=named,
-        summary=summary(),
-        evaluation={NASTY: {"sums": 2.0, NASTY: 1.0}, "fine-tuned": {"sums": {"loss": 1.5}}},
-        samples={NASTY: {"prompt": NASTY, NASTY: "one\ntwo"}},
-    )
-    return path.read_text(encoding="utf-8"), page
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Analysis]:
+    return analysed(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    text = full_report(tmp_path_factory).read_text(encoding="utf-8")
+    return text, Page(text)
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(full: tuple[str, Page]) -> None:
@@ -110,15 +84,27 @@ def test_the_page_is_well_formed_and_asks_for_nothing(full: tuple[str, Page]) ->
         for key in ("src", "href", "xlink:href", "data", "srcset"):
             value = attributes.get(key)
             assert value is None or value.startswith(("#", "data:")), f"<{name} {key}={value}>"
-    assert not {"script", "iframe", "object"} & {name for name, _ in page.tags}
+    assert not {"iframe", "object", "embed", "base", "form"} & {name for name, _ in page.tags}
+    assert text.count("http:") + text.count("https:") == text.count('="http://www.w3.org/')  # names, not places
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
 def test_no_string_becomes_markup(full: tuple[str, Page]) -> None:
     text, page = full
-    assert "<script" not in text
+    assert text.count("<script") == 1 and text.count(f"<script>{SCRIPT}</script>") == 1
     assert page.text.count("alert('x')") >= 5
+    attributes = [value or "" for _, found in page.tags for value in found.values()]
+    assert sum("alert('x')" in value for value in attributes) >= 5
+    assert not any(name.startswith("on") for _, found in page.tags for name in found)
+
+
+def test_only_the_page_s_own_script_may_run(full: tuple[str, Page]) -> None:
+    _, page = full
+    policy = next(meta["content"] or "" for meta in page.all("meta") if "http-equiv" in meta)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert not {"fetch", "XMLHttpRequest", "innerHTML", "import"} & set(re.findall(r"\w+", SCRIPT))
 
 
 def test_ids_are_unique_and_all_that_is_referred_to_is_there(full: tuple[str, Page]) -> None:
@@ -131,11 +117,78 @@ def test_ids_are_unique_and_all_that_is_referred_to_is_there(full: tuple[str, Pa
 def test_plots_and_tables_say_what_they_are(full: tuple[str, Page]) -> None:
     _, page = full
     plots_found, names = page.all("svg"), [name for name, _ in page.tags]
-    assert len(plots_found) == 7  # bars, losses, three over the layers, and one a layer
+    assert len(plots_found) == 10  # bars, losses, six over the layers, and one a layer
     assert all(plot["role"] == "img" and len(plot["aria-label"] or "") > 20 for plot in plots_found)
     assert names.count("table") == names.count("caption") == names.count("thead")
     assert names.count("figure") == names.count("figcaption")
-    assert names.count("details") == 3  # two layers and the recipe
+    assert names.count("details") == 5  # two layers and the values of each, and the recipe
+
+
+def test_headings_go_down_one_by_one_and_the_contents_lead_to_them(full: tuple[str, Page]) -> None:
+    _, page = full
+    levels = [int(name[1]) for name, _ in page.tags if re.fullmatch("h[1-6]", name)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    places = [attributes["id"] for name, attributes in page.tags if name == "h2"]
+    assert [link["href"] for link in page.all("a")] == [f"#{place}" for place in places] and len(places) == 7
+
+
+def test_cells_of_heads_have_a_scope_and_tables_that_scroll_a_name(full: tuple[str, Page]) -> None:
+    _, page = full
+    assert {head.get("scope") for head in page.all("th")} == {"col", "row"}
+    regions = [found for found in page.all("div") if found.get("class") == "scroll"]
+    assert regions and all(found["role"] == "region" and found["aria-label"] for found in regions)
+
+
+def test_every_control_has_a_label_and_is_out_of_sight_without_the_script(full: tuple[str, Page]) -> None:
+    text, page = full
+    found = re.findall(r'<div class="pick" hidden><label>([^<]+)<select', text)
+    assert found == ["Layer", "Layer of the colours", "Task"] and len(page.all("select")) == 3
+    assert not {"button", "input", "textarea"} & {name for name, _ in page.tags}
+
+
+def test_what_a_plot_tells_fits_its_cells(full: tuple[str, Page]) -> None:
+    _, page = full
+    told = [mark for plot in page.all("svg") for mark in json.loads(plot.get("data-marks") or "[]")]
+    assert len(told) >= 12
+    for mark in told:
+        assert [len(row) for row in mark["words"]] == [len(mark["columns"])] * len(mark["rows"])
+        x, y, wide, high = mark["box"]
+        assert 0 <= x < x + wide <= 1.001 and 0 <= y < y + high <= 1.001
+    words = [cell for mark in told for row in mark["words"] for cell in row]
+    assert "FFN sparsity 50, output kept 87.5" in words and "of one token 75, of all together 100" in words
+
+
+def test_tokens_are_in_order_and_have_the_colour_of_their_expert(full: tuple[str, Page]) -> None:
+    text, page = full
+    boxes = [found for found in page.all("div") if found.get("class") == "tokens"]
+    assert len(boxes) == 3
+    choices_LT, names = json.loads(boxes[0]["data-choices"] or ""), json.loads(boxes[0]["data-names"] or "")
+    assert names == [NASTY, "計算", "c"]
+    view = routed_view(["sums", "words", "code"])
+    assert choices_LT == view.samples[0].ids_LTK[:, :, 0].tolist()
+    shown = most_telling(view)
+    spans = re.findall(r'<span class="e(\d)" title="', text.split('class="tokens"')[1].split("</div>")[0])
+    assert [int(number) for number in spans] == choices_LT[shown]
+    assert "Of 9 tokens in layer" in page.text
+
+
+def test_where_many_are_chosen_the_colour_is_how_rare_they_are(tmp_path: Path, made: tuple[Recipe, Analysis]) -> None:
+    view = routed_view(list(made[1].batches), chosen=4, experts=9)
+    names = [f"module {number}" for number in range(9)]
+    page = Page(parts.page("x", coloured_text(view, names)))
+    levels = json.loads(next(found["data-choices"] or "" for found in page.all("div") if "data-choices" in found))
+    assert {level for level_T in levels for level in level_T} <= set(range(parts.SHADES))
+    assert max(levels[0]) == parts.SHADES - 1 and min(levels[0]) == 0
+    assert "chooses 4 of 9" in page.text
+
+
+def test_the_layer_shown_first_tells_the_tasks_apart() -> None:
+    view = routed_view(["a", "b", "c"])
+    chosen_LPE = torch.full((3, 3, 3), 1 / 3)
+    chosen_LPE[1] = torch.eye(3)
+    chosen_LPE[2] = torch.tensor([1.0, 0, 0])  # one expert for everything tells nothing
+    assert most_telling(replace(view, chosen_LPE=chosen_LPE)) == 1
 
 
 def test_numbers_of_the_summary_are_shown(full: tuple[str, Page]) -> None:
@@ -212,6 +265,7 @@ def test_many_layers_stay_small(tmp_path: Path) -> None:
         strength_mM=torch.rand(96, 64, generator=draw).double().numpy(),
         experts=[f"expert {number}" for number in range(8)],
         membership_EM=(torch.rand(8, 64, generator=draw) < 0.5).numpy(),
+        usage_PM=torch.rand(8, 64, generator=draw).double().numpy(),
     )
     assert 32 * len(plots.draw_modules("l0", "Layer 0.", view)) < 3_000_000
 
