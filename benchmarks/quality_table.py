@@ -99,13 +99,13 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             axis.axhline(dense, color=_COLOURS["dense"], linewidth=1, label="dense, fine-tuned")
         drawn: dict[str, int] = {}
         for name in names:
-            points = sorted((row[size], row["after"], row["after_spread"]) for row in rows if row["name"] == name)
+            points = sorted((row[size] / 1e6, row["after"], row["after_spread"]) for row in rows if row["name"] == name)
             colour = _COLOURS.get(first_word(name), _PEER)
             style = styles[drawn.setdefault(colour, 0) % len(styles)]
             drawn[colour] += 1
             x, y, spread = zip(*points, strict=True)
             axis.errorbar(x, y, spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=2, label=name)
-        axis.set_xlabel(f"{size} parameters")
+        axis.set_xlabel(f"{size} parameters, millions")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss after fine-tuning, nats a token")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -240,6 +240,8 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted((ROOT / RESULTS).glob("*.md")):
         text = _from(RESULTS, path.read_text(encoding="utf-8"))
         files.append(File.generated(config, f"results/{path.name}", content=_LINK.sub(r"](../\1\2)", text)))
+    for path in sorted((ROOT / RESULTS).glob("*.png")):
+        files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes()))
     return files
 
 
