@@ -75,6 +75,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     home.mkdir(parents=True, exist_ok=True)
     for file in home.iterdir():
         file.unlink()
+    for name in ("out", "error"):  # a kill may come before the child has opened them
+        (home / name).touch()
     began_s = time.monotonic()
     child = os.fork()
     if child == 0:
