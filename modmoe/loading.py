@@ -31,7 +31,15 @@ from modmoe.checkpoint import (
     resolve_base,
     resolve_source,
 )
-from modmoe.errors import CheckpointError, ModmoeError, RecipeError, did_you_mean, is_out_of_memory, reason_of
+from modmoe.errors import (
+    AdapterError,
+    CheckpointError,
+    ModmoeError,
+    RecipeError,
+    did_you_mean,
+    is_out_of_memory,
+    reason_of,
+)
 from modmoe.modeling import modeling_modmoe, packed_modmoe
 
 TIED_PREFIX = "modmoe_"
@@ -225,6 +233,8 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
 
     try:
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
+    except AdapterError as error:  # it knows its name in the model, and not where it came from
+        raise AdapterError(f"{directory}: {error}") from error
     except ModmoeError:
         raise
     except Exception as error:  # as with transformers, a damaged file comes to any kind of error
