@@ -182,7 +182,8 @@ def _publish(partial: Path, path: Path, *, overwrite: bool, spent: Path | None, 
         change(partial, path)
         try:
             sync(path.parent)
-        except OSError:
+        except OSError as error:
+            error.filename = name  # what was to be there, and not the directory around it
             if change is _exchange:
                 _exchange(partial, path)
             else:
