@@ -108,7 +108,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_what_was_there(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RecipeError, match=r"^\S+: Input/output error; look after that disk"):
+    with pytest.raises(RecipeError, match=rf"^{tmp_path}/out: Input/output error; look after that disk"):
         write(tmp_path / "out", overwrite=True)
     assert files(tmp_path) == ([] if is_new else ["out", "out/old"])
 
