@@ -22,7 +22,8 @@ FUZZ_SECONDS ?= 120
 CLIENTS := build/llama_cpp
 LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
 
-.PHONY: help demo test test-clients test-faults test-fuzz lint format types imports sizes unit docs wheel clean install
+.PHONY: help demo test test-clients test-faults test-fuzz lint format types imports sizes unit docs wheel clean install \
+	screenshots links
 
 help:
 	@echo 'make demo     the whole main job on the model that ships with modmoe'
@@ -32,6 +33,8 @@ help:
 	@echo 'make test-faults      every command killed, interrupted and out of disk, 400 times: a quarter of an hour'
 	@echo 'make test-fuzz        10,000 hostile checkpoints, recipes and task files: half an hour'
 	@echo 'make docs     the site in build/site, with warnings as errors'
+	@echo 'make screenshots      docs/images again, from a run of the demo: some minutes, needs Chromium'
+	@echo 'make links    asks every address outside that the repository names whether it is there'
 	@echo 'make wheel    wheel and sdist in dist/'
 	@echo 'make clean    remove what make made, .venv included'
 
@@ -105,6 +108,17 @@ $(CLIENTS)/.installed: $(STAMP)
 # mkdocs-material announces the end of its line in 2027 with each build
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# in a folder of their own each time; SCREENSHOTS names one where modmoe demo has been
+screenshots: $(STAMP)
+	PATH="$(BIN):$$PATH" PYTHONPATH=. $(BIN)/python docs/screenshots.py $(SCREENSHOTS)
+
+# what is wrong as it is written is told without a network
+links: $(STAMP)
+	@mkdir -p build
+	$(BIN)/python docs/links.py > build/links.txt
+	$(BIN)/python -m pip install --quiet linkchecker
+	cut -d' ' -f1 build/links.txt | $(BIN)/linkchecker --stdin --check-extern --no-robots --recursion-level=0 --no-status
 
 wheel: $(STAMP)
 	rm -rf dist

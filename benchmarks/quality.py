@@ -36,17 +36,25 @@ from rich.table import Table
 
 import modmoe
 from modmoe.analyze.calibration import load_task
-from modmoe.convert.run import convert
 from modmoe.finetune.evaluate import evaluate
 from modmoe.finetune.train import finetune
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.recipe import make_recipe
 
 _ROUTED = {"assignment.method": "modules", "router.compensation": True}
+_NARROW = {"partition.num_modules": "double"}
 _FLAP = {"method": "prune", "assignment.score": "wifv", "router.compensation": True}
 METHODS: dict[str, dict[str, Any]] = {
     # the model itself, fine-tuned like the others: what no sparsity costs
     "dense": {},
+    # the model grown: four FFNs, two on; no sparsity, so in the table beside dense
+    "upcycle": {"method": "upcycle", "assignment.num_experts": 4, "router.top_k": 2},
+    "upcycle, half redrawn": {
+        "method": "upcycle",
+        "assignment.num_experts": 4,
+        "router.top_k": 2,
+        "upcycle.redrawn_fraction": 0.5,
+    },
     # one mask for all tasks, neuron by neuron
     "prune magnitude": {"method": "prune", "assignment.score": "magnitude"},
     "prune random": {"method": "prune", "assignment.score": "random"},
@@ -67,10 +75,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "cmoe": {"method": "cmoe"},
     "moefication": {"method": "moefication"},
     "moefication, similarity": {"method": "moefication", "router.kind": "linear"},
+    "moefication, narrow, similarity": {"method": "moefication", "router.kind": "linear", **_NARROW},
+    "moefication, coactivation, similarity": {
+        "method": "moefication",
+        "router.kind": "linear",
+        "partition.method": "coactivation",
+    },
     "emoe": {"method": "emoe"},
+    "emoe, narrow": {"method": "emoe", **_NARROW},
     "emoe, random modules": {"method": "emoe", "partition.method": "random"},
     "emoe, bottom": {"method": "emoe", "choice": "bottom"},
     "llama_moe": {"method": "llama_moe"},
+    "llama_moe, gradient": {"method": "llama_moe", "partition.method": "gradient"},
     # ours: experts are tasks
     "tasks, top_score": {},
     "tasks, greedy, refit": {
@@ -90,6 +106,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules, refit": {**_ROUTED, "assignment.refit": True},
     "modules, quarter shared, refit": {**_ROUTED, "assignment.refit": True, "assignment.shared_modules": "quarter"},
     "modules, average key, refit": {**_ROUTED, "assignment.refit": True, "router.start": "average_key"},
+    "modules, average key, refit, no means": {
+        "assignment.method": "modules",
+        "assignment.refit": True,
+        "router.start": "average_key",
+    },
+    "modules, narrow, refit": {**_ROUTED, **_NARROW, "assignment.refit": True},
+    "modules, narrow, average key, refit": {
+        **_ROUTED,
+        **_NARROW,
+        "assignment.refit": True,
+        "router.start": "average_key",
+    },
+    "modules, narrow, average key, refit, no means": {
+        **_NARROW,
+        "assignment.method": "modules",
+        "assignment.refit": True,
+        "router.start": "average_key",
+    },
     "modules, mlp, refit": {**_ROUTED, "assignment.refit": True, "router.kind": "mlp"},
     "modules, activations, refit": {**_ROUTED, "assignment.refit": True, "partition.method": "activations"},
     "modules, random partition": {**_ROUTED, "partition.method": "random"},
@@ -98,6 +132,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "modules, oracle": {**_ROUTED, "choice": "oracle"},
     "moefication, oracle": {"method": "moefication", "router.kind": "linear", "choice": "oracle"},
 }
+WHOLE = ("dense", "upcycle", "upcycle, half redrawn")
+"""What uses all neurons: run once, whatever the sparsities."""
 Halves: TypeAlias = dict[str, dict[str, str]]
 """Half to task to file."""
 
@@ -166,7 +202,7 @@ def run_cell(args: argparse.Namespace, cell: dict[str, Any], tasks: Any, held_ou
         if cell["method"] != "dense":
             model = f"{name}/converted"
             of = {"generic": args.generic} if METHODS[cell["method"]].get("generic") else tasks
-            made = convert(dataclasses.replace(recipe, tasks=of), model)
+            made = modmoe.convert(dataclasses.replace(recipe, tasks=of), model)
             found = {key: made["parameters"][key] for key in ("active", "stored")}
         with choosing(METHODS[cell["method"]].get("choice")):
             found["before"] = measure(model, held_out, args)
@@ -238,7 +274,7 @@ def texts(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], Halves]]:
             from modmoe.demo.corpus import write_task_files
 
             args.source = str(Path(modmoe.__file__).parent / "demo" / "model")
-            made = {"train": 600, "held_out": 200}
+            made = {"train": 600, "held_out": 400}
             files = [
                 write_task_files(Path(name) / split, split=split, rows_per_task=rows, seed=0)
                 for split, rows in made.items()
@@ -269,7 +305,7 @@ def main() -> None:
         done = {tuple(cell[key] for key in keys) for cell in cells}
         model, sparsities = model_name(args), [float(text) for text in args.sparsities.split(",")]
         for seed, sparsity, method in itertools.product(range(args.seeds), sparsities, methods):
-            size = 0.0 if method == "dense" else sparsity
+            size = 0.0 if method in WHOLE else sparsity
             rates = [float(text) for text in args.rates.split(",")]
             if (seed, sparsity) != (0, sparsities[0]):
                 swept = [cell for cell in cells if (cell["model"], cell["method"], cell["seed"]) == (model, method, 0)]
@@ -294,7 +330,8 @@ def main() -> None:
         sizes = [f"{row[key]:,}" if key in row else "" for key in ("active", "stored")]
         table.add_row(f"{row['sparsity']:.0%}", row["name"], *shown, str(row["seeds"]), *sizes)
     Console(width=120).print(table)
-    print("\n".join(margins(rows)))
+    for size, when, mine, which, peer, won in margins(rows):
+        print(f"{size:.0%} off, {when}: '{mine}' against the {which} peer, '{peer}': {won:+.1f} %")
     if args.plot:
         draw(rows, args.plot, model)
     if args.json:

@@ -1,13 +1,22 @@
-"""What the cells of quality.py say: a row for each method and sparsity, margins over peers, and pictures."""
+"""What the cells of quality.py say: a row for each method and sparsity, margins over peers, and pictures.
+
+    python benchmarks/quality_table.py [FILE.md]
+
+writes the tables of quality.md anew from the cells in the .jsonl beside it, each between two comments that name its
+model and the steps of training, and the pictures.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-PEERS = ("prune", "seap", "cmoe", "moefication", "emoe", "llama_moe")
+PEERS = ("prune", "seap", "cmoe", "moefication", "emoe", "llama_moe", "upcycle")
 """First words of the published ways."""
 CONTROLS = ("oracle", "bottom", "random", "zero", "generic")
 """Words of what is there to compare with, and is neither ours nor a peer."""
@@ -63,9 +72,13 @@ def first_word(name: str) -> str:
     return name.replace(",", "").split()[0]
 
 
-def margins(rows: list[dict[str, Any]]) -> list[str]:
-    """Return, for each sparsity, before and after, what the best of ours wins over peers, in per cent of their loss."""
-    lines = []
+Margin: TypeAlias = tuple[float, str, str, str, str, float]
+"""Sparsity, before or after, ours, best or worst, the peer, and what ours wins in per cent of the peer's loss."""
+
+
+def margins(rows: list[dict[str, Any]]) -> list[Margin]:
+    """Return, for each sparsity, before and after, what the best of ours wins over peers, controls left out."""
+    found: list[Margin] = []
     for sparsity in sorted({row["sparsity"] for row in rows if row["name"] != "dense"}):
         for when in ("before", "after"):
             of = {row["name"]: row[when] for row in rows if row["sparsity"] == sparsity and when in row}
@@ -75,13 +88,63 @@ def margins(rows: list[dict[str, Any]]) -> list[str]:
             if not ours or not peers:
                 continue
             mine = min(ours, key=ours.__getitem__)
-            for which, peer in (
-                ("best", min(peers, key=peers.__getitem__)),
-                ("worst", max(peers, key=peers.__getitem__)),
-            ):
-                won = 100 * (1 - ours[mine] / peers[peer])
-                lines.append(f"{sparsity:.0%} off, {when}: '{mine}' against the {which} peer, '{peer}': {won:+.1f} %")
-    return lines
+            for which, choose in (("best", min), ("worst", max)):
+                peer = choose(peers, key=peers.__getitem__)
+                found.append((sparsity, when, mine, which, peer, 100 * (1 - ours[mine] / peers[peer])))
+    return found
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Return two tables in Markdown: a row a method, those best at the first sparsity first; and the margins."""
+    sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
+    middle = 0.5 if 0.5 in sparsities else sparsities[0]
+    names = dict.fromkeys(row["name"] for row in sorted(rows, key=lambda row: _rank(row, middle)))
+    off = [f"{sparsity:.0%} off" for sparsity in sparsities]
+    columns = ["method", *off, "rate", f"by task, {middle:.0%} off", "bits per byte", "active", "stored"]
+    lines = [" | ".join(columns), " | ".join(["---", *["---:"] * len(off), "---", "---", "---", "---:", "---:"])]
+    exact = any("exact_match" in task for row in rows for task in row.get("after_tasks", {}).values())
+    for name in names:
+        of = {row["sparsity"]: row for row in rows if row["name"] == name}
+        row = of.get(middle) or of.get(0.0) or next(iter(of.values()))
+        by_task = row.get("after_tasks") or row["before_tasks"]
+        values = [" / ".join(f"{task[key]:.2f}" for task in by_task.values()) for key in ("loss", "bits_per_byte")]
+        if exact:
+            rights = [task["exact_match"] for task in by_task.values() if "exact_match" in task]
+            values[0] += "".join(f", {right:.1%} right" for right in rights if right)
+        cells = [_change(of.get(sparsity)) if sparsity in of else "" for sparsity in sparsities]
+        if 0.0 in of:  # a model that has no sparsity stands in the middle
+            cells[sparsities.index(middle)] = _change(of[0.0])
+        sizes = [f"{row[key]:,}" if key in row else "" for key in ("active", "stored")]
+        lines.append(" | ".join([name, *cells, "/".join(f"{rate:g}" for rate in row["rates"]), *values, *sizes]))
+    lines += [
+        "",
+        "off | when | ours | best peer | won | worst peer | won",
+        "---: | --- | --- | --- | ---: | --- | ---:",
+    ]
+    found = margins(rows)
+    for best, worst in zip(found[::2], found[1::2], strict=True):
+        sparsity, when, mine = best[:3]
+        of = {row["name"]: row[when] for row in rows if row["sparsity"] == sparsity and when in row}
+        against = [
+            cell for margin in (best, worst) for cell in (f"{margin[4]}, {of[margin[4]]:.3f}", f"{margin[5]:+.1f} %")
+        ]
+        lines.append(" | ".join([f"{sparsity:.0%}", when, f"{mine}, {of[mine]:.3f}", *against]))
+    return "\n".join(f"| {line} |" if line else line for line in lines)
+
+
+def _rank(row: dict[str, Any], middle: float) -> tuple[Any, ...]:
+    return row["sparsity"] != 0, abs(row["sparsity"] - middle), row.get("after", row["before"])
+
+
+def _change(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    parts = []
+    for when in ("before", "after"):
+        if when in row:
+            spread = f" ± {row[when + '_spread']:.3f}" if when == "after" and row["seeds"] > 1 else ""
+            parts.append(f"{row[when]:.3f}{spread}")
+    return " → ".join(parts)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -111,3 +174,23 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def rewrite(path: Path) -> None:
+    """Put the tables of the cells that lie beside a Markdown file between its comments, and draw the pictures anew."""
+    cells = [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def made(found: re.Match[str]) -> str:
+        model, steps = found[1], int(found[2])
+        rows = summarize(cell for cell in cells if (cell["model"], cell["steps"]) == (model, steps))
+        draw(rows, path.with_name(f"quality-{model}.png"), f"{model}: loss after {steps} steps")
+        return f"<!-- {model}, {steps} steps -->\n{tables(rows)}\n<!-- end -->"
+
+    text = re.sub(
+        r"<!-- (\S+), (\d+) steps -->\n.*?<!-- end -->", made, path.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    rewrite(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "quality.md")

@@ -8,11 +8,18 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from modmoe.cli.progress import Progress, size_words
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_LONG = 40
+"""Characters beyond which a cell of a table is text, which may be cut where a terminal is narrow."""
 
 
 def is_first_process() -> bool:
@@ -35,7 +42,7 @@ class Console:
         self.speaks = is_first_process()
         self.as_json, self.quiet, self.verbose = as_json, quiet or not self.speaks, verbose
         self._stdout: IO[str] = sys.stdout
-        self._progress = Progress()
+        self._progress, self._has_moved = Progress(), False
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Console:
@@ -74,6 +81,7 @@ class Console:
     def progress(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Say what a step is doing: a bar on a terminal, otherwise lines; see ``modmoe.cli.progress``."""
         if not self.quiet:
+            self._has_moved = True
             self._progress.report(message, done, total)
 
     def say(self, line: str) -> None:
@@ -103,12 +111,23 @@ class Console:
         elif not self.quiet and picture is not None and self._stdout.isatty():
             from rich.console import Console as RichConsole
 
-            RichConsole(file=self._stdout, highlight=False).print(picture())
+            RichConsole(file=self._stdout, highlight=False).print(
+                *([""] if self._has_moved else []), picture(), sep="\n"
+            )
         elif not self.quiet:
             show(result if shown is None else shown, title, self._stdout)
         self._stdout.flush()
         if next_step and not self.as_json:
-            self.say(f"next: {next_step}")
+            self._say_next(next_step)
+
+    def _say_next(self, step: str) -> None:
+        if self.quiet or not sys.stderr.isatty():
+            self.say(f"next: {step}")
+            return
+        from rich.console import Console as RichConsole
+        from rich.text import Text
+
+        RichConsole(stderr=True, soft_wrap=True).print(Text.assemble("\n", ("next:", "bold"), f" {step}"))
 
     def write(self, text: str) -> None:
         """Print text to stdout as it is."""
@@ -154,17 +173,53 @@ def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
 def _draw_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
     from rich import box
     from rich.console import Console as RichConsole
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
+    console = RichConsole(file=stream, highlight=False)
+    room = console.width - 2
+    heads, width = _fit(columns, rows, room)
+    is_wide = width > room
+    if is_wide and not any(len(cell) > _LONG for row in rows for cell in row):
+        # stood on its side a table of few rows is narrower, and no number is cut
+        turned = list(zip(columns, *rows, strict=True))
+        turned_heads, width = _fit(turned[0], turned[1:], room)
+        if width <= room:
+            heads, columns, rows, is_wide = turned_heads, turned[0], turned[1:], False
     table = Table(
-        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(columns)
+        box=box.SIMPLE_HEAD, show_header=bool(columns), show_edge=False, padding=(0, 1, 0, 0), header_style=""
     )
-    for number, column in enumerate(columns or ("", "")):
-        table.add_column(column, justify="right" if columns and number else "left")
+    for head, cells in zip(heads, zip(*rows, strict=True), strict=True):
+        is_number = bool(columns) and all(not cell.strip("0123456789.,e+-") for cell in cells)
+        is_text = max(map(len, cells)) > _LONG
+        table.add_column(
+            head, justify="right" if is_number else "left", no_wrap=not is_text and not is_wide, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    RichConsole(file=stream).print(table)
+        table.add_row(*(_as_cell(cell) for cell in row))
+    if title:
+        console.print(Text.assemble("\n", (title, "bold")))
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _as_cell(words: str) -> Text:
+    from rich.text import Text
+
+    is_long = len(words) > _LONG
+    return Text(words, no_wrap=is_long, overflow="ellipsis" if is_long else "fold")
+
+
+def _fit(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> tuple[list[str], int]:
+    """Return heads, broken into lines where there is no room, and the least width of a table, long text left aside."""
+    widths = [min(_LONG, max(map(len, cells))) for cells in zip(*rows, strict=True)]
+    heads = list(columns) or [""] * len(widths)
+    if sum(max(width, len(head)) + 2 for width, head in zip(widths, heads, strict=True)) > room:
+        longest = [max(map(len, head.split()), default=0) for head in heads]
+        heads = ["\n".join(textwrap.wrap(head, max(pair))) for head, *pair in zip(heads, widths, longest, strict=True)]
+        widths = [max(pair) for pair in zip(widths, longest, strict=True)]
+        return heads, sum(widths) + 2 * len(widths)
+    return heads, 0
 
 
 def _draw_plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:

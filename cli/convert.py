@@ -9,11 +9,13 @@ import typer
 from modmoe import steps
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.cli.estimates import estimate_words
+from modmoe.cli.inspect import draw_tree
 from modmoe.errors import RecipeError
 
 EPILOG = flags.examples(
     "modmoe convert ./dense ./moe --task math=math.jsonl --task stories=stories.txt --active-fraction 0.5",
-    "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run",
+    "modmoe convert ./dense ./moe -c three-tasks.yaml --routing task --dry-run --estimate-for rtx-4090",
     "modmoe convert ./dense ./moe -c three-tasks.yaml --fit-bytes 4GB --json",
     "modmoe convert ./dense ./moe --method cmoe --num-modules 8 --active-fraction 0.75 --task math=math.jsonl",
     "modmoe convert ./dense ./pruned --method prune --score wifv --compensation --task math=math.jsonl",
@@ -101,6 +103,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what it will cost; write nothing.")
     ] = False,
+    estimate_for: flags.EstimateFor = None,
     overwrite: flags.Overwrite = False,
     seed: flags.Seed = None,
     device: flags.Device = None,
@@ -147,6 +150,7 @@ def convert(
             fit_bytes=None if fit_bytes is None else flags.parse_size("--fit-bytes", fit_bytes),
             overwrite=overwrite,
             dry_run=dry_run,
+            estimate_for=estimate_for,
             revision=revision,
             report=report,
             progress=console.progress,
@@ -182,4 +186,6 @@ def convert(
         next_step = (
             "the same without --dry-run" if dry_run else flags.quote("modmoe", "finetune", output, "OUT") + " ..."
         )
-        console.finish(result, title=output, next_step=next_step)
+        picture = (lambda: draw_tree(result, output)) if result.get("stored_modules") and not dry_run else None
+        shown = estimate_words(result)
+        console.finish(result, title=output, next_step=next_step, shown=shown, picture=picture)

@@ -9,6 +9,7 @@ import typer
 from modmoe import steps
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.cli.estimates import estimate_words
 
 EPILOG = flags.examples(
     "modmoe finetune ./moe ./tuned --task math=math.jsonl --task stories=stories.txt --train full",
@@ -51,7 +52,14 @@ def finetune(
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two states that --resume goes on from.")] = None,
+    report_to: Annotated[
+        str | None, typer.Option(metavar="tensorboard|trackio|wandb", help="What draws the curves as they grow.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state of an interrupted run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what learns and what it will cost; write nothing.")
+    ] = False,
+    estimate_for: flags.EstimateFor = None,
     overwrite: flags.Overwrite = False,
     seed: flags.Seed = None,
     device: flags.Device = None,
@@ -70,6 +78,8 @@ def finetune(
             eval_tasks=flags.parse_tasks(eval_task, "--eval"),
             resume=resume,
             overwrite=overwrite,
+            dry_run=dry_run,
+            estimate_for=estimate_for,
             revision=revision,
             progress=console.progress,
             tasks=flags.parse_tasks(task),
@@ -88,9 +98,15 @@ def finetune(
             packing=packing,
             lora_rank=lora_rank,
             save_steps=save_steps,
+            report_to=report_to,
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code or None,
         )
         line = flags.quote("modmoe", "export", output, "OUT", "--format", "safetensors", "--form", "tied")
-        console.finish(result, title=output, next_step=line)
+        console.finish(
+            result,
+            title=output,
+            next_step="the same without --dry-run" if dry_run else line,
+            shown=estimate_words(result),
+        )

@@ -47,6 +47,13 @@ Trust = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
+EstimateFor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="With --dry-run: the device whose memory and time are estimated, such as rtx-4090; by default this one.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Put one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log lines, and those of the libraries.")]

@@ -10,7 +10,7 @@ import typer
 from modmoe import steps
 from modmoe.cli import flags
 from modmoe.cli.console import Console
-from modmoe.cli.progress import size_words
+from modmoe.cli.progress import size_words, time_words
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -80,10 +80,34 @@ def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
             for expert in experts
         ]
         branch(tree, f"{len(experts)} experts of {result.get('num_modules')} modules", told)
+    checked = _checked(result)
+    if checked:
+        branch(tree, "checked", checked)
     runs = _runs(result.get("stored_modules") or [], result.get("active_modules") or [])
     if runs:
         branch(tree, "layers", runs)
     return tree
+
+
+def _checked(result: Mapping[str, Any]) -> list[str]:
+    """Return what a conversion found when it compared its output with the dense model."""
+    lines, verified = [], result.get("verified") or {}
+    if "max_abs_logit_diff_all_on" in verified:
+        difference, largest = verified["max_abs_logit_diff_all_on"], verified["max_abs_logit"]
+        lines.append(f"all modules on: logits differ from the dense model's by {difference:.2g} of {largest:.3g}")
+    routers = [router for router in result.get("routers") or [] if router.get("agreement") is not None]
+    if routers:
+        spans = []
+        for name in ("agreement", "chance"):
+            least, most = min(router[name] for router in routers), max(router[name] for router in routers)
+            spans.append(f"{100 * least:.0f} to {100 * most:.0f} %")
+        lines.append(f"routers choose the best expert for {spans[0]} of {result['routing']}s, by layer")
+        lines.append(f"always choosing the same one would do so for {spans[1]}")
+    if result.get("seconds") is not None:
+        memory = result.get("peak_rss_bytes")
+        taken = f"it took {time_words(result['seconds'])}"
+        lines.append(taken + (f" and {size_words(memory)} of memory" if memory else ""))
+    return lines
 
 
 def _routing(result: Mapping[str, Any]) -> list[str]:

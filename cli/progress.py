@@ -11,6 +11,8 @@ from typing import Any
 
 PLAIN_INTERVAL_S = 10.0
 """Between two lines of one stage, where stderr is no terminal."""
+_FEW = 10
+"""Of so few things, such as layers or tasks, the rate is no news once they are done."""
 SHORT_S = 1.0
 """A stage that takes less says nothing at its end, and how long it will take is not told before."""
 
@@ -73,7 +75,7 @@ class Stage:
         taken = time_words(seconds)
         if self.done is None or self.total is None:
             return f"done in {taken}"
-        rate = self.rate(seconds)
+        rate = self.rate(seconds) if self.done - self.begun_at >= _FEW else ""
         return f"{self.count(self.done)} in {taken}" + (f", {rate}" if rate else "")
 
 
@@ -131,7 +133,7 @@ class Progress:
             stage.is_over = True
             seconds = now_s - stage.started_s
             if seconds >= SHORT_S:
-                _print(f"{stage.name}: {stage.end(seconds)}")
+                _print(f"{stage.name}: {stage.end(seconds)}", is_done=True)
 
     def _draw(self, stage: Stage, now_s: float) -> None:
         from rich.console import Console as RichConsole
@@ -151,8 +153,14 @@ class Progress:
         self._bar.update(self._bar.task_ids[0], completed=stage.done or 0, total=stage.total, now=now)
 
 
-def _print(line: str) -> None:
-    print(f"modmoe: {line}", file=sys.stderr, flush=True)
+def _print(line: str, *, is_done: bool = False) -> None:
+    if is_done and sys.stderr.isatty():
+        from rich.console import Console as RichConsole
+        from rich.text import Text
+
+        RichConsole(stderr=True, soft_wrap=True).print(Text.assemble(("✓", "green"), f" {line}"))
+    else:
+        print(f"modmoe: {line}", file=sys.stderr, flush=True)
 
 
 def size_words(size_bytes: float) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import notebook
 import source_text
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
@@ -233,7 +234,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the measured tables, and read the code anew where the site is served while it is written."""
+    """Add the measured tables and the notebooks, and read the code anew where the site is served as it is written."""
     source_text.parse.cache_clear()
     source_text.adapter_table.cache_clear()
     source_text.kinds_of_places.cache_clear()
@@ -242,6 +243,12 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f"results/{path.name}", content=_LINK.sub(r"](../\1\2)", text)))
     for path in sorted((ROOT / RESULTS).glob("*.png")):
         files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes()))
+    for path in sorted((ROOT / "docs").rglob("*.ipynb")):
+        page = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+        text, pictures = notebook.as_page(path)
+        files.append(File.generated(config, page, content=text))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"{os.path.dirname(page)}/{name}", content=picture))
     return files
 
 
@@ -260,6 +267,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def lead(link: re.Match[str]) -> str:
         folder = os.path.join("docs", os.path.dirname(place))
         target = os.path.normpath(os.path.join(folder, link[1]))
+        if target.endswith(".ipynb"):
+            return f"]({link[1].removesuffix('.ipynb')}.md{link[2] or ''})"
         if os.path.dirname(target) != RESULTS:
             return link[0]
         return f"]({os.path.relpath(f'docs/results/{os.path.basename(target)}', folder)}{link[2] or ''})"

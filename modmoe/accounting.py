@@ -3,10 +3,12 @@
 With n the parameters of a neuron, m the neurons of a module and S_e the modules of expert e, a layer costs
 
     stored        n m |union of all S_e|           every module once
-    materialised  n m sum_e |S_e|                  a copy in every expert
+    materialised  n m sum_e |S_e|                  a copy in every expert, as a conventional mixture of them has
     active        n m |union of the chosen S_e|    what one token needs; a module of two chosen experts counts once
 
-beside everything that is no FFN neuron, and the router.
+beside everything that is no FFN neuron, and the router. Where a token has the union of several experts, what all of
+them have is computed once, which no sum of copies does: a conventional mixture has it as a shared expert, and so it is
+materialised once, C + sum_e |S_e - C|. Where every module is an expert, that is what is stored.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class LayerCounts:
     active_modules_max: int
     """The most modules that a token can need."""
     materialised_modules: int
-    """Modules of all experts added up."""
+    """Modules of all experts added up; see ``count_copies``."""
     module_parameters: int
     """Parameters of one module."""
     router_parameters: int
@@ -63,7 +65,7 @@ class Counts:
     active_max: int
     """Of one token, at most."""
     materialised: int
-    """If every expert had its own copy of its modules."""
+    """If every expert had its own copy of its modules; see ``count_copies``."""
     ffn_sparsity: float
     """Share of the dense FFN neurons that a token does not use; for another's MoE, of the FFN weights it stores."""
     total_sparsity: float
@@ -107,6 +109,19 @@ def largest_union(experts: Sequence[Collection[int]], top_k: int) -> int:
         if largest == bound:
             break
     return largest
+
+
+def count_copies(own: int, shared: int, num_experts: int, top_k: int, combine: str) -> int:
+    """Return the modules of a conventional mixture of the same experts.
+
+    Args:
+        own: modules of all experts added up, without those that every expert has.
+        shared: modules that every expert has.
+        num_experts: experts.
+        top_k: experts of a token.
+        combine: ``sum``, or ``union``, which has the shared modules once however many experts are chosen.
+    """
+    return own + shared * (1 if combine == "union" and top_k > 1 else num_experts)
 
 
 def tensor_parameters(checkpoint: Checkpoint) -> dict[str, int]:
@@ -183,12 +198,14 @@ def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int
                 "share."
             )
         top_k = min(config["num_experts_per_tok"], len(chosen))
+        core = len(set(chosen[0]).intersection(*chosen)) if chosen else 0
+        own = sum(len(expert) - core for expert in chosen)
         counts.append(
             LayerCounts(
                 stored_modules=stored,
                 active_modules=mean_union(chosen, top_k),
                 active_modules_max=largest_union(chosen, top_k),
-                materialised_modules=sum(len(expert) for expert in chosen),
+                materialised_modules=count_copies(own, core, len(chosen), top_k, config.get("combine", "union")),
                 module_parameters=neurons // stored if stored else 0,
                 router_parameters=sum(size for name, size in sizes.items() if name.startswith(prefix + "router.")),
             )

@@ -135,6 +135,8 @@ class FinetuneRecipe:
     """Rank of the LoRA matrices."""
     save_steps: int = 100
     """Steps between two states that ``--resume`` can go on from."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """What draws the curves of the losses and the routers as they grow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

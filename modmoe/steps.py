@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modmoe.errors import RecipeError, did_you_mean
+from modmoe.keywords import KEYWORDS
 
 if TYPE_CHECKING:
     from modmoe.recipe import Recipe
@@ -21,71 +22,12 @@ Progress = Callable[..., None]
 What is counted stands behind the message's last comma: ``progress("writing, bytes", 10**6, 10**9)``.
 """
 
-_COMMON = {
-    "tasks": "tasks",
-    "method": "method",
-    "family": "family",
-    "seed": "seed",
-    "device": "device",
-    "trust_remote_code": "trust_remote_code",
-}
-_CALIBRATION = {
-    "tokens": "calibration.tokens",
-    "sequence_length": "calibration.sequence_length",
-    "batch_size": "calibration.batch_size",
-    "by_layer": "calibration.by_layer",
-    "partition": "partition.method",
-    "num_modules": "partition.num_modules",
-    "score": "assignment.score",
-}
-_CONVERSION = {
-    "assignment": "assignment.method",
-    "num_experts": "assignment.num_experts",
-    "modules_per_expert": "assignment.modules_per_expert",
-    "active_fraction": "assignment.active_fraction",
-    "shared_modules": "assignment.shared_modules",
-    "coverage": "assignment.coverage",
-    "refit": "assignment.refit",
-    "routing": "router.routing",
-    "top_k": "router.top_k",
-    "combine": "router.combine",
-    "router_start": "router.start",
-    "router_kind": "router.kind",
-    "compensation": "router.compensation",
-    "routing_chunk": "router.routing_chunk",
-}
-_ADAPTER = {"adapter": "adapter.method", "adapter_settings": "adapter.settings", "budget": "adapter.budget"}
-_FINETUNING = {
-    name: f"finetune.{name}"
-    for name in (
-        "train",
-        "distill_from",
-        "distill_weight",
-        "temperature",
-        "balance_weight",
-        "max_steps",
-        "learning_rate",
-        "batch_size",
-        "sequence_length",
-        "packing",
-        "warmup_fraction",
-        "lora_rank",
-        "save_steps",
-    )
-}
 FORMS = ("tied", "packed", "native", "dense", "adapter")
 """Forms of an export."""
 CLIENTS = ("transformers", "vllm", "sglang", "llama.cpp")
 """Programs that a native export can be for."""
 DTYPES = ("bfloat16", "float16", "float32")
 """Types that an export's weights can be cast to."""
-
-KEYWORDS: dict[str, dict[str, str]] = {
-    "analyze": {**_COMMON, **_CALIBRATION},
-    "convert": {**_COMMON, **_CALIBRATION, **_CONVERSION, **_ADAPTER},
-    "finetune": {**_COMMON, **_ADAPTER, **_FINETUNING},
-}
-"""For each step: a keyword, or a flag with dashes for underscores, and the place in the recipe that it sets."""
 
 
 def resolve_recipe(
@@ -165,6 +107,7 @@ def convert(
     fit_bytes: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    estimate_for: str | None = None,
     revision: str | None = None,
     report: str | None = None,
     progress: Progress | None = None,
@@ -174,10 +117,40 @@ def convert(
 
     ``fit_bytes`` chooses the most modules an expert may have so that the checkpoint's weights fit, whatever the overlap
     of the experts turns out to be. Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it
-    will cost.
+    will cost, on the device ``estimate_for`` (a name in ``modmoe.devices.DEVICES``) or on this machine.
     """
-    resolved = resolve_recipe("convert", source, recipe, keywords)
+    check_device(estimate_for, dry_run)
     options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision, "progress": progress}
+    resolved, result = _convert(source, output, recipe, keywords, fit_bytes, report, options)
+    if dry_run:
+        from modmoe.estimate import add_estimate
+
+        return add_estimate(result, resolved, estimate_for, revision)
+    return result
+
+
+def check_device(estimate_for: str | None, dry_run: bool) -> None:
+    """Refuse a device where nothing is estimated, or one that is not known, before anything is read."""
+    if estimate_for is None:
+        return
+    if not dry_run:
+        raise RecipeError("--estimate-for: belongs to --dry-run; add that.")
+    from modmoe.devices import check_name
+
+    check_name(estimate_for)
+
+
+def _convert(
+    source: Recipe | str | Path | None,
+    output: str | Path | None,
+    recipe: Recipe | str | Path | None,
+    keywords: Mapping[str, Any],
+    fit_bytes: int | None,
+    report: str | None,
+    options: dict[str, Any],
+) -> tuple[Recipe, dict[str, Any]]:
+    """Convert by the recipe's method, and return the recipe that was run as well."""
+    resolved = resolve_recipe("convert", source, recipe, keywords)
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.method != "adapters":
             raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
@@ -189,17 +162,16 @@ def convert(
         places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
         resolved = resolve_recipe("convert", source, recipe, places)
         _need_source_and_tasks("convert", resolved)
-        return reduce_experts(
-            resolved, _output("convert", output), prove=verify, write_card=write_experts_card, **options
-        )
+        out = _output("convert", output)
+        return resolved, reduce_experts(resolved, out, prove=verify, write_card=write_experts_card, **options)
     if resolved.method == "upcycle":
         from modmoe.export.upcycled import upcycle_checked
 
         _need_source_and_tasks("convert", resolved, reads_text=False)
         given = {**keywords, "fit_bytes": fit_bytes, "report": report}
-        return upcycle_checked(resolved, _output("convert", output), given, **options)
+        return resolved, upcycle_checked(resolved, _output("convert", output), given, **options)
     if resolved.method == "adapters":
-        return _attach(resolved, output, keywords, fit_bytes, **options)
+        return resolved, _attach(resolved, output, keywords, fit_bytes, **options)
     _need_source_and_tasks("convert", resolved)
     if resolved.method == "prune":
         from modmoe.convert.prune import check_flags
@@ -212,11 +184,11 @@ def convert(
             raise RecipeError(f"--fit-bytes: {resolved.method} keeps every module; leave it out.")
         from modmoe.accounting import modules_that_fit
 
-        modules = modules_that_fit(resolved, fit_bytes, revision=revision)
+        modules = modules_that_fit(resolved, fit_bytes, revision=options["revision"])
         resolved = resolve_recipe("convert", resolved, None, {"modules_per_expert": modules})
     from modmoe.convert.run import convert as run
 
-    return run(resolved, _output("convert", output), report=report, **options)
+    return resolved, run(resolved, _output("convert", output), report=report, **options)
 
 
 def _attach(
@@ -245,6 +217,8 @@ def finetune(
     eval_tasks: Mapping[str, str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
+    estimate_for: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
     **keywords: Any,
@@ -252,16 +226,21 @@ def finetune(
     """Train a converted model, or attached adapters, on the tasks' text.
 
     ``source`` is the converted checkpoint. ``resume`` goes on from the last state in ``output``. Returns what
-    ``modmoe finetune --json`` prints.
+    ``modmoe finetune --json`` prints; with ``dry_run`` what learns and what it will cost, as for ``convert``.
     """
+    check_device(estimate_for, dry_run)
     resolved = resolve_recipe("finetune", source, recipe, keywords)
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.finetune.train != "adapters":
             raise RecipeError(f"--{flag}: belongs to --train adapters; leave it out or train them.")
     _need_source_and_tasks("finetune", resolved)
+    assert resolved.source is not None
+    if dry_run:
+        from modmoe.estimate import plan_finetune
+
+        return plan_finetune(resolved, _local(resolved.source, revision), estimate_for)
     from modmoe.finetune.train import finetune as run
 
-    assert resolved.source is not None
     return run(
         _local(resolved.source, revision),
         _output("finetune", output),

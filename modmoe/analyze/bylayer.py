@@ -40,7 +40,7 @@ from modmoe.errors import CalibrationError, CheckpointError
 from modmoe.families import Family
 from modmoe.loading import causal_lm_classes, load, read_settings
 
-__all__ = ["ByLayer", "fits", "free_bytes", "model_bytes", "open_model"]
+__all__ = ["ByLayer", "fits", "free_bytes", "leaves_half", "model_bytes", "open_model"]
 
 
 def open_model(
@@ -73,7 +73,12 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> int
 
 def fits(model_bytes: int, device: torch.device) -> bool:
     """Return whether a model of ``model_bytes`` leaves half of the memory to all else."""
-    return 2 * model_bytes <= free_bytes(device)
+    return leaves_half(model_bytes, free_bytes(device))
+
+
+def leaves_half(model_bytes: int, free_bytes: int) -> bool:
+    """Return whether a model of ``model_bytes`` takes no more than half of ``free_bytes``."""
+    return 2 * model_bytes <= free_bytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -187,8 +187,18 @@ def draw_cells(name: str, label: str, value_RC: Floats, rows: Sequence[str], col
     return render(name, label, height, paint)
 
 
-def draw_layers(name: str, label: str, lines: Mapping[str, Sequence[float]], unit: str) -> str:
-    """Return one line for each name over the layers; the one named ``chance`` is dashed and grey."""
+def draw_layers(
+    name: str,
+    label: str,
+    lines: Mapping[str, Sequence[float]],
+    unit: str,
+    *,
+    before: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """Return one line for each name over the layers; the one named ``chance`` is dashed and grey.
+
+    What was ``before`` has the names of lines, is dashed too and has their colours.
+    """
     from matplotlib.ticker import MaxNLocator
 
     colours = {title: PALETTE[number % len(PALETTE)] for number, title in enumerate(lines)}
@@ -201,7 +211,10 @@ def draw_layers(name: str, label: str, lines: Mapping[str, Sequence[float]], uni
             style = "--" if title == "chance" else "-"
             marker = "o" if len(values) <= MOST_RULED else None
             axes.plot(range(len(values)), values, color=colours[title], linestyle=style, marker=marker, markersize=4)
-        top = max((value for values in lines.values() for value in values), default=1)
+        for title, values in (before or {}).items():
+            axes.plot(range(len(values)), values, color=colours[title], linestyle="--", alpha=0.7)
+        drawn = [*lines.values(), *(before or {}).values()]
+        top = max((value for values in drawn for value in values), default=1)
         axes.set_ylim(0, 1.08 * top or 1)
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)

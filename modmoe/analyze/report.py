@@ -51,6 +51,7 @@ def write_report(
     evaluation: Mapping[str, Mapping[str, Any]] | None = None,
     samples: Mapping[str, Mapping[str, str]] | None = None,
     routing: RoutingView | None = None,
+    tuned: RoutingView | None = None,
 ) -> None:
     """Write the report to ``path``, whole or not at all; the page asks for no other file and no network.
 
@@ -63,22 +64,24 @@ def write_report(
         evaluation: model to task to loss, or to a mapping that has ``loss``; as dense, converted, fine-tuned.
         samples: task to model to text; a model named ``prompt`` is shown as the prompt.
         routing: what the routers of the converted model do with text.
+        tuned: the same once it was fine-tuned, of the same text.
     """
     tasks = list(analysis.profiles[0].task_names)
     names = assignments[0].expert_names if assignments else ()
+    views = [view for view in (routing, tuned) if view is not None]
     sections = {
         "parameters": ("Parameters", _parameters(analysis, summary) if summary is not None else []),
         "quality": ("Quality", _quality(evaluation) if evaluation else []),
-        "over-layers": ("Over the layers", _over_layers(recipe, analysis, assignments, summary, routing)),
-        "layers": ("Layer by layer", _layers(recipe, analysis, assignments, summary, tasks, routing)),
-        "tokens": ("Which expert each token chooses", [] if routing is None else routed.text(routing, names)),
+        "over-layers": ("Over the layers", _over_layers(recipe, analysis, assignments, summary, views)),
+        "layers": ("Layer by layer", _layers(recipe, analysis, assignments, summary, tasks, views)),
+        "tokens": ("Which expert each token chooses", routed.text(views[-1], names) if views else []),
         "text": ("What the models write", _samples(samples) if samples else []),
         "origin": ("How it was made", _origin(recipe, analysis)),
     }
     shown = {anchor: section for anchor, section in sections.items() if section[1]}
     body = [
         page.heading("ModularMoE report", 1),
-        page.paragraph(_describe(recipe, analysis, assignments, summary), "lead"),
+        page.paragraph(_describe(recipe, analysis, assignments, summary, is_tuned=tuned is not None), "lead"),
         page.contents([(anchor, title) for anchor, (title, _) in shown.items()]),
     ]
     for anchor, (title, parts) in shown.items():
@@ -100,6 +103,8 @@ def _describe(
     analysis: Analysis,
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
+    *,
+    is_tuned: bool,
 ) -> str:
     source, partition = analysis.source, analysis.partitions[0]
     text = (
@@ -117,7 +122,8 @@ def _describe(
         "task": "the caller names the task and so the expert",
     }[recipe.router.routing]
     shown = ", ".join(names[:12]) + (" and more" if len(names) > 12 else "")
-    where = f" It lies in {summary['output']}." if summary is not None and summary.get("output") else ""
+    lies = "Fine-tuned, it lies" if is_tuned else "It lies"
+    where = f" {lies} in {summary['output']}." if summary is not None and summary.get("output") else ""
     return f"{text}. {len(names)} experts ({shown}) share them, {size} modules each; {chosen}.{where}"
 
 
@@ -194,9 +200,9 @@ def _over_layers(
     analysis: Analysis,
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
-    routing: RoutingView | None,
+    views: Sequence[RoutingView],
 ) -> list[str]:
-    parts = [] if routing is None else routed.over_layers(routing)
+    parts = routed.over_layers(views) if views else []
     if len(analysis.profiles[0].task_names) > 1:
         lines = {
             "neurons": [_variation(_mean_activation(profile)) for profile in analysis.profiles],
@@ -210,7 +216,7 @@ def _over_layers(
         parts.append(
             page.figure(plots.draw_layers("variation", label, lines, "variation"), "Variation between tasks.", text)
         )
-    routers = _routers(recipe, summary)
+    routers = routed.agreements(recipe, summary)
     if routers:
         lines = {name: [100 * float(router[name]) for router in routers] for name in ("agreement", "chance")}
         label = "Agreement of the routers with the best expert by layer, percent: " + routed.spell(lines)
@@ -228,15 +234,8 @@ def _over_layers(
         label = "Modules by layer: " + routed.spell(lines)
         text = f"Of {analysis.partitions[0].num_modules} modules: those that some expert has, and those all have."
         parts.append(page.figure(plots.draw_layers("stored", label, lines, "modules"), "Modules stored.", text))
-    told = [] if routing is None else [page.paragraph(routed.describe(routing), "note")]
+    told = [page.paragraph(routed.describe(views), "note")] if views else []
     return [page.grid(parts), *told] if parts else []
-
-
-def _routers(recipe: Recipe, summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return each layer's agreement and chance; nothing where the caller routes."""
-    found = (summary or {}).get("routers") or []
-    is_measured = all(isinstance(router.get(name), float) for router in found for name in ("agreement", "chance"))
-    return list(found) if recipe.router.routing != "task" and is_measured else []
 
 
 def _layers(
@@ -245,9 +244,9 @@ def _layers(
     assignments: Sequence[ModuleAssignment] | None,
     summary: Mapping[str, Any] | None,
     tasks: Sequence[str],
-    routing: RoutingView | None,
+    views: Sequence[RoutingView],
 ) -> list[str]:
-    routers = _routers(recipe, summary)
+    routers = routed.agreements(recipe, summary)
     folds, num_layers = [], len(analysis.scores_PM)
     for layer in range(num_layers):
         assignment = assignments[layer] if assignments else None
@@ -258,10 +257,10 @@ def _layers(
             num_stored, num_core = int((held_M > 0).sum()), int(member_EM.all(0).sum())
             aside = f"{num_stored} of {len(held_M)} modules stored, {num_core} of them in every expert"
         if routers:
-            aside += f", router agrees in {100 * routers[layer]['agreement']:.0f}\u00a0%"
+            which = "router as converted" if len(views) > 1 else "router"
+            aside += f", {which} agrees in {100 * routers[layer]['agreement']:.0f}\u00a0%"
         # one task that was clustered has more names here than there
-        is_used = routing is not None and list(routing.tasks) == list(tasks)
-        usage_PM = routing.used_LPM[layer] if routing is not None and is_used else None
+        usage_PM = views[-1].used_LPM[layer] if views and list(views[-1].tasks) == list(tasks) else None
         view = _view(analysis, layer, tasks, assignment, usage_PM)
         label = (
             f"Layer {layer}, {aside}: the modules of each expert, their importance for each task, and their neurons."
@@ -273,8 +272,8 @@ def _layers(
         parts = [page.figure(plots.draw_modules(f"l{layer}", label, view), "Modules.", text)]
         if assignment is not None and len(assignment.expert_names) > 1:
             sides = [_overlaps(layer, assignment)]
-            if routing is not None and routing.certainty_L is not None:
-                sides.append(routed.choices(layer, routing, assignment.expert_names))
+            if views and views[-1].certainty_L is not None:
+                sides.append(routed.choices(layer, views, assignment.expert_names))
             parts.append(f"<div>{''.join(sides)}</div>")
         values = [] if view.importance_PM.size * num_layers > _MOST_VALUES else [_values(layer, view)]
         title, body = f"Layer {layer}:", [page.grid(parts), *values]

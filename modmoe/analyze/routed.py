@@ -1,23 +1,26 @@
-"""The parts of the report that show routers at work, from a ``RoutingView``."""
+"""The parts of the report that show routers at work, from a ``RoutingView``, and one more where it was fine-tuned."""
 
 # Shapes: T tokens, P tasks, E experts, K experts chosen at once, L layers, Q steps from few modules to all of an expert
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modmoe.analyze import page, plots
 from modmoe.analyze.routing import RoutedText, RoutingView
+from modmoe.recipe import Recipe
 
 _MOST_NAMED = 8
 """Experts that tokens have a colour of their own for; and columns of a table of experts."""
 
 
-def over_layers(view: RoutingView) -> list[str]:
-    """Return the plots of what is kept of each layer, and of how routers choose."""
+def over_layers(views: Sequence[RoutingView]) -> list[str]:
+    """Return the plots of what is kept of each layer, and of how routers choose: as converted, and fine-tuned since."""
+    view = views[0]
     sparsity_L = (100 * view.sparsity_LQ[:, -1]).tolist()
     kept_L = (100 * view.kept_LQ[:, -1]).tolist()
     lines = {"FFN sparsity": sparsity_L, "output kept": kept_L}
@@ -40,38 +43,64 @@ def over_layers(view: RoutingView) -> list[str]:
             "between the first and the last are pale."
         )
         parts.append(page.figure(svg, "Were it sparser.", text))
-    if view.certainty_L is not None:
-        lines = {"of one token": (100 * view.certainty_L).tolist(), "of all together": (100 * view.balance_L).tolist()}
+    last = views[-1]
+    if last.certainty_L is not None:
+        lines = {"of one token": (100 * last.certainty_L).tolist(), "of all together": (100 * last.balance_L).tolist()}
+        label = f"Router entropy by layer, percent of its largest: {spell(lines)}"
         text = (
             "Entropy of the probabilities over experts, in percent of its largest. Of one token: 0 is a router that is "
             "sure. Of all together: 100 is experts chosen equally often, 0 is one for everything."
         )
-        svg = plots.draw_layers(
-            "entropy", f"Router entropy by layer, percent of its largest: {spell(lines)}", lines, "% of the largest"
-        )
+        before = None
+        if last is not view and view.certainty_L is not None:
+            values = (view.certainty_L, view.balance_L)
+            before = {title: (100 * value_L).tolist() for title, value_L in zip(lines, values, strict=True)}
+            label += f" As converted: {spell(before)}"
+            text += " Dashed is as converted."
+        svg = plots.draw_layers("entropy", label, lines, "% of the largest", before=before)
         parts.append(page.figure(svg, "Router entropy.", text))
     return parts
 
 
-def describe(view: RoutingView) -> str:
-    """Return what was read for the view."""
+def describe(views: Sequence[RoutingView]) -> str:
+    """Return what was read for the views, and which model each part is of."""
+    view = views[-1]
     read = ", ".join(f"{count:,} of {task}" for task, count in zip(view.tasks, view.tokens_P, strict=True))
     told = "text that calibration did not read" if view.is_held_out else "calibration's own text, for want of other"
-    return f"What tokens do was measured with {told}: {read}."
+    words = f"What tokens do was measured with {told}: {read}."
+    if len(views) > 1:
+        words += (
+            " What is kept is the conversion's work; modules used, choices and coloured text are those of the "
+            "fine-tuned model."
+        )
+    return words
 
 
-def choices(layer: int, view: RoutingView, names: Sequence[str]) -> str:
-    """Return how often each task's tokens chose each expert of a layer."""
-    chosen_PE = 100 * view.chosen_LPE[layer]
-    note = "share of a task's tokens that chose each expert, in percent."
+def agreements(recipe: Recipe, summary: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return each layer's agreement and chance; nothing where the caller routes."""
+    found = (summary or {}).get("routers") or []
+    is_measured = all(isinstance(router.get(name), float) for router in found for name in ("agreement", "chance"))
+    return list(found) if recipe.router.routing != "task" and is_measured else []
+
+
+def choices(layer: int, views: Sequence[RoutingView], names: Sequence[str]) -> str:
+    """Return how often each task's tokens chose each expert of a layer; where there is room, before and after."""
+    tasks, chosen_PE = views[-1].tasks, 100 * views[-1].chosen_LPE[layer]
+    note = "share of a task's tokens that chose each expert, in percent"
     if len(names) > _MOST_NAMED:
-        label = f"Layer {layer}: {note}"
-        svg = plots.draw_cells(f"l{layer}c", label, chosen_PE.double().numpy(), list(view.tasks), names, "%")
-        return page.figure(svg, "Choices:", f"{note} The strongest is {float(chosen_PE.max()):.0f}.")
-    rows = [
-        (task, *(f"{value:.0f}" for value in chosen_E)) for task, chosen_E in zip(view.tasks, chosen_PE, strict=True)
-    ]
-    return page.table("Choices:", ("", *names), rows, note=note)
+        label = f"Layer {layer}: {note}."
+        svg = plots.draw_cells(f"l{layer}c", label, chosen_PE.double().numpy(), list(tasks), names, "%")
+        return page.figure(svg, "Choices:", f"{note}. The strongest is {float(chosen_PE.max()):.0f}.")
+    words_PE = [[f"{value:.0f}" for value in chosen_E] for chosen_E in chosen_PE]
+    if len(views) > 1:
+        note += ", as converted → fine-tuned"
+        before_PE = 100 * views[0].chosen_LPE[layer]
+        words_PE = [
+            [f"{value:.0f} → {words}" for value, words in zip(before_E, words_E, strict=True)]
+            for before_E, words_E in zip(before_PE, words_PE, strict=True)
+        ]
+    rows = [(task, *words_E) for task, words_E in zip(tasks, words_PE, strict=True)]
+    return page.table("Choices:", ("", *names), rows, note=f"{note}.")
 
 
 def text(view: RoutingView, names: Sequence[str]) -> list[str]:

@@ -137,7 +137,8 @@ def open_runner(recipe: Recipe, source: Source, scratch: Path | None, progress: 
         copies = ranks.num_ranks_here() if device.type == "cpu" else 1
         too_large = not fits(size_bytes * copies, device)
         by_layer = not needs_gradients(recipe) and bool(ranks.add_up(torch.tensor(int(too_large))))
-    sizes = f"{size_bytes / 1e9:.1f} GB, {free_bytes(device) / 1e9:.1f} GB free"
+    size = f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.0f} MB"
+    sizes = f"{size}, {free_bytes(device) / 1e9:.1f} GB free"
     progress(f"opening the model {'layer by layer' if by_layer else 'whole'} ({sizes})")
     return open_model(
         source.checkpoint,

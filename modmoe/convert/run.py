@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modmoe.accounting import tensor_bytes
+from modmoe.accounting import count_copies, tensor_bytes
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import ByLayer
 from modmoe.analyze.bylayer import fits as has_room
@@ -326,6 +326,7 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
     ffn = sum(sizes.get(f"{family.layers}.{layer}.{kind}", 0) for layer in range(source.num_layers) for kind in kinds)
     stored = min(modules, experts * (per_expert - shared) + shared)
     active = min(modules, recipe.router.top_k * (per_expert - shared) + shared)
+    copies = count_copies(experts * (per_expert - shared), shared, experts, recipe.router.top_k, recipe.router.combine)
     tokens = recipe.calibration.tokens * len(recipe.tasks)
     return {
         "dry_run": True,
@@ -340,7 +341,7 @@ def plan_costs(recipe: Recipe, source: Source) -> dict[str, Any]:
             "stored_at_least": dense - ffn + ffn * per_expert // modules,
             "stored_at_most": dense - ffn + ffn * stored // modules,
             "active": dense - ffn + ffn * active // modules,
-            "materialised": dense - ffn + ffn * per_expert * experts // modules,
+            "materialised": dense - ffn + ffn * copies // modules,
         },
         "calibration_tokens": tokens,
         # a forward pass is two operations a parameter and token, and routers take a second one

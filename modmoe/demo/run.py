@@ -262,7 +262,13 @@ def _report(job: _Run) -> None:
     with job.stage("writing the report"):
         evaluation = {name: model["loss"] for name, model in job.result["models"].items()}
         write_demo_report(
-            path, Path(job.place("converted")), job.result["conversion"], evaluation, job.result["samples"]
+            path,
+            Path(job.place("converted")),
+            Path(job.place("tuned")),
+            job.files("held_out"),
+            job.result["conversion"],
+            evaluation,
+            job.result["samples"],
         )
     job.result["report"] = str(path)
 
@@ -270,19 +276,25 @@ def _report(job: _Run) -> None:
 def write_demo_report(
     path: Path,
     converted: Path,
+    tuned: Path,
+    held_out: Mapping[str, str],
     summary: Mapping[str, Any],
     evaluation: Mapping[str, Mapping[str, float]],
     samples: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Write the HTML report of a conversion from what it left on disk; the dense model is not run again."""
+    """Write the HTML report of a conversion and its fine-tuning from what they left on disk.
+
+    Of the models only the routers are looked at, with a little of the text that was held out.
+    """
+    from modmoe.analyze.calibration import load_task
     from modmoe.analyze.modules import load_partitions
     from modmoe.analyze.profile import load_profiles
     from modmoe.analyze.report import write_report
+    from modmoe.analyze.routing import view_routing
     from modmoe.analyze.run import Analysis, open_source, silent, tokenize
     from modmoe.analyze.score import module_scores
     from modmoe.analyze.stream import WholeModel
     from modmoe.convert.run import make_assignments
-    from modmoe.convert.view import view_converted
     from modmoe.ffn import LazyFFNs
     from modmoe.loading import load, load_tokenizer
     from modmoe.recipe import load_recipe
@@ -303,13 +315,19 @@ def write_demo_report(
     analysis = Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
     assignments = make_assignments(recipe, analysis)
     members_EM = [assignment.membership_EM for assignment in assignments]
+    texts = {name: load_task(name, file) for name, file in held_out.items()}
+    views = [
+        view_routing(WholeModel(load(place, device="cpu"), source.family), texts, tokenizer, ffns, members_EM)
+        for place in (converted, tuned)
+    ]
     write_report(
         path,
         recipe,
         analysis,
         assignments=assignments,
-        summary=summary,
+        summary={**summary, "output": str(tuned)},
         evaluation=evaluation,
         samples=samples,
-        routing=view_converted(recipe, converted, analysis, members_EM),
+        routing=views[0],
+        tuned=views[1],
     )

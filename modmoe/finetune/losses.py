@@ -85,12 +85,3 @@ def balance_loss(
     choices_L1 = counts_LE.sum(1, keepdim=True).clamp_min(1)
     share_LE, mean_LE = counts_LE / choices_L1, probs_LNE.sum(1) * top_k / choices_L1
     return num_experts * (share_LE * mean_LE).sum(1).mean()
-
-
-def router_entropy(logits: Mapping[int, Tensor], mask_T: Tensor) -> Tensor:
-    """Return the mean entropy of the routers' choice, in nats: 0 where they are sure, log E at the least sure."""
-    entropies = []
-    for logits_TE in logits.values():
-        probs_NE = logits_TE.detach()[mask_T].softmax(-1, dtype=torch.float32)
-        entropies.append(torch.special.entr(probs_NE).sum(-1).mean())
-    return torch.stack(entropies).mean()

@@ -25,7 +25,7 @@ KEPT_STATES = 2
 """States that are kept; older ones are removed."""
 RECORD = "run.json"
 """Beside the states: what the run was asked for."""
-_FREE = frozenset({"finetune.save_steps"})
+_FREE = frozenset({"finetune.save_steps", "finetune.report_to"})
 """Recipe keys that may differ, since no weight depends on them."""
 
 

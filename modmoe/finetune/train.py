@@ -26,6 +26,7 @@ from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, read_config, resolve_source, write_json
 from modmoe.convert.code import check_auto_map, own_files, write_code
 from modmoe.errors import RankError, RecipeError, is_out_of_memory
+from modmoe.finetune import curves
 from modmoe.finetune.adapters import load_with_adapter, write_trained
 from modmoe.finetune.data import Collator, keeps_rows_apart, rows_of, training_set
 from modmoe.finetune.distill import load_teacher
@@ -78,6 +79,7 @@ def finetune(
     progress = progress or silent
     started_s = time.monotonic()
     check_output(output, overwrite=overwrite)
+    curves.check_tracker(recipe.finetune.report_to)
     directory = resolve_source(source)
     states = states_of(output)
     if directory.resolve().is_relative_to(states.resolve()):
@@ -175,7 +177,8 @@ def _run(
         check_space(partial, states_bytes + output_bytes)
     ranks.meet()
     try:
-        with ranks.in_step():
+        reported = wanted.report_to if ranks.is_first() else "none"
+        with curves.tracked(trainer, reported, states, goes_on=state is not None), ranks.in_step():
             trainer.train_from(state)
     except DivergedError as error:
         raise DivergedError(_explain(error, read, recipe, states), error.step, error.good_step) from error
@@ -275,7 +278,8 @@ def training_arguments(states: Path, recipe: Recipe, device: torch.device, width
         save_steps=wanted.save_steps,
         logging_steps=max(1, wanted.max_steps // 20),
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=wanted.report_to if ranks.is_first() else "none",
+        project=curves.PROJECT,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -331,16 +335,6 @@ def _write(model: PreTrainedModel, source: Path, partial: Path, recipe: Recipe) 
     if (source / "modmoe.yaml").is_file():
         shutil.copyfile(source / "modmoe.yaml", partial / "modmoe.source.yaml")
     save_recipe(partial, recipe)
-
-
-def _clear(partial: Path, keep: Path | None) -> None:
-    for path in partial.iterdir():
-        if path == keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 @contextlib.contextmanager

@@ -25,8 +25,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.errors import CheckpointError, RecipeError, reason_of
+from modmoe.finetune.curves import Curves
 from modmoe.finetune.data import IGNORED
-from modmoe.finetune.losses import balance_loss, router_entropy, token_losses
+from modmoe.finetune.losses import balance_loss, token_losses
 from modmoe.finetune.resume import publish_state
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import FinetuneRecipe
@@ -67,6 +68,7 @@ class ModularTrainer(SFTTrainer):
         self.balances = self.routed is not None and self.top_k < self.routed.config.num_experts
         # routed adapters hang their routers' losses on the backbone's output themselves; here they are only told
         self.adapters = getattr(base, "routed_context", None)
+        self.curves = Curves(base)
         self.num_ranks = int(self.accelerator.num_processes)
         self._states = Path(str(self.args.output_dir))
         self._beside = self._states / "unfinished"
@@ -134,22 +136,19 @@ class ModularTrainer(SFTTrainer):
         counted, seen = self._add_up(torch.tensor([len(target_N), int(mask_BT.sum())], device=text.device)).tolist()
         scale = len(target_N) * self.num_ranks / max(counted, 1) if self.num_ranks > 1 else 1.0
         loss = text = text * scale
-        parts = {"loss_text": text}
+        parts = {"loss/text": text}
         if distill is not None:
             distill = distill * scale
             loss = (1 - self.recipe.distill_weight) * text + self.recipe.distill_weight * distill
-            parts["loss_distill"] = distill
+            parts["loss/distillation"] = distill
         if self.adapters is not None and self.adapters.loss is not None:
-            parts["loss_routers"] = self.adapters.loss
-        if router_logits:
-            mask_T = mask_BT.flatten()
-            parts["router_entropy"] = router_entropy(router_logits, mask_T)
-            if self.balances:
-                add_up = self._add_up if self.num_ranks > 1 else None
-                balance = balance_loss(router_logits, mask_T, self.top_k, add_up) * self.num_ranks
-                parts["loss_balance"] = balance
-                if self.recipe.balance_weight > 0:
-                    loss = loss + self.recipe.balance_weight * balance
+            parts["loss/routers"] = self.adapters.loss
+        if router_logits and self.balances:
+            add_up = self._add_up if self.num_ranks > 1 else None
+            balance = balance_loss(router_logits, mask_BT.flatten(), self.top_k, add_up) * self.num_ranks
+            parts["loss/balance"] = balance
+            if self.recipe.balance_weight > 0:
+                loss = loss + self.recipe.balance_weight * balance
         # all ranks end together: one that went on alone would wait for the others' gradients
         joint = self._add_up(loss.detach().double()) / self.num_ranks
         if not bool(torch.isfinite(joint)):
@@ -161,13 +160,16 @@ class ModularTrainer(SFTTrainer):
                 self._parts[name].append(part.detach())
             # a field of the trainer's state, so that it goes on after a resume
             self.state.num_input_tokens_seen += seen
+            if (self.state.global_step + 1) % self.args.logging_steps == 0:
+                self.curves.read(router_logits, mask_BT.flatten())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the means of the loss's parts since the last time, over all ranks."""
+        """Log with the means of the loss's parts since the last time, over all ranks, and what the routers do now."""
         for name, values in self._parts.items():
             logs[name] = (self._add_up(torch.stack(values).mean()) / self.num_ranks).item()
         self._parts.clear()
+        logs.update(self.curves.take(self._add_up))
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -262,8 +264,8 @@ class Report(TrainerCallback):
         now_s, seen = time.monotonic(), state.num_input_tokens_seen
         speed = (seen - self._since[1]) / max(now_s - self._since[0], 1e-9)
         self._since = (now_s, seen)
-        names = {"loss_text": "text", "loss_distill": "distill", "loss_balance": "balance"}
-        names |= {"loss_routers": "routers", "router_entropy": "entropy"}
+        names = {"loss/text": "text", "loss/distillation": "distill", "loss/balance": "balance"}
+        names |= {"loss/routers": "routers", "router/entropy": "entropy"}
         parts = ", ".join(f"{short} {logs[name]:.3f}" for name, short in names.items() if name in logs)
         place = (state.global_step, state.max_steps)
-        LOG.info("step %d of %d: loss %.3f (%s), %s tokens/s", *place, logs["loss"], parts, f"{speed:,.0f}")
+        LOG.info("step %d/%d: loss %.3f (%s), %s tokens/s", *place, logs["loss"], parts, f"{speed:,.0f}")

@@ -61,8 +61,10 @@ def test_it_leaves_what_it_says(done: tuple[Path, dict[str, Any], list[str]]) ->
     assert json.loads((output / "export-native" / "config.json").read_text())["model_type"] == "mixtral"
     assert json.loads((output / "export-dense" / "config.json").read_text())["model_type"] == "llama"
     page = Path(result["report"]).read_text(encoding="utf-8")
-    for words in ("fine-tuned", "Quality", "Layer 4:", demo.PROMPTS["docs"]):
+    for words in ("Quality", "Layer 4:", "as converted → fine-tuned", str(output / "tuned"), demo.PROMPTS["docs"]):
         assert words in page
+    for about in result["models"].values():
+        assert all(f"<td>{loss:.3f}</td>" in page for loss in about["loss"].values())
     for task in result["tasks"].values():
         assert all(Path(file).is_file() for file in task.values())
 

@@ -122,6 +122,7 @@ def test_flags_left_out_leave_the_recipe(noisy: list[Any]) -> None:
 def test_every_flag_is_a_keyword_of_its_step(command: str, noisy: list[Any]) -> None:
     assert run([*command.split(), "--task", "a=1", "--json"]) == 0
     own = {"report", "overwrite", "dry_run", "revision", "progress", "fit_bytes", "eval_tasks", "resume"}
+    own.add("estimate_for")
     assert set(noisy[0][1]) - own <= set(steps.KEYWORDS[command.split()[0]])
 
 
@@ -157,6 +158,7 @@ def test_recipes_and_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert shown["ok"] is True
         method = "adapters" if shown["recipe"]["adapter"]["method"] else "experts" if "experts" in name else "modular"
         peers = {name: name for name in ("cmoe", "emoe", "moefication")} | {"llama-moe": "llama_moe", "flap": "prune"}
+        method = "upcycle" if "upcycle-" in name else method
         assert shown["recipe"]["method"] == peers.get(name, method)
 
 

@@ -45,7 +45,7 @@ def test_recipe_validates_and_is_planned_from_a_configuration_alone(name, tmp_pa
 
     recipe = load_recipe(path)
     check_recipe(recipe)
-    plan = modmoe.convert(str(tmp_path), tmp_path / "out", path, dry_run=True)
+    plan = modmoe.convert(str(tmp_path), tmp_path / "out", path, dry_run=True, estimate_for="h200")
 
     assert recipe.source is not None and recipe.method == "adapters" and recipe.finetune.train == "adapters"
     if name in PUBLISHED:
@@ -53,3 +53,8 @@ def test_recipe_validates_and_is_planned_from_a_configuration_alone(name, tmp_pa
     said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["adapter"]["settings"]
     assert {key: plan["settings"][key] for key in said} == said
     assert not (tmp_path / "out").exists()
+    for step, need in plan["estimate"].items():
+        assert 0 < need["seconds_low"] < need["seconds_high"] < float("inf"), step
+    # beside the frozen weights in bfloat16 the adapter has its own, gradients and two moments
+    training = plan["estimate"]["finetune"]["device_bytes"]
+    assert training > 2 * plan["parameters"]["base"] + 16 * plan["parameters"]["adapter"]

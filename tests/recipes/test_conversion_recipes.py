@@ -1,6 +1,7 @@
 """Recipes for published models: each validates, and is planned from the real sizes, of which only headers are there."""
 
 import json
+import math
 import struct
 from functools import cache
 from importlib.resources import files
@@ -21,7 +22,7 @@ from transformers import (
 
 import modmoe
 from modmoe.convert.check import check_recipe
-from modmoe.recipe import load_recipe
+from modmoe.recipe import FinetuneRecipe, load_recipe
 from tests import tiny
 
 _LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -148,11 +149,13 @@ def _as_stored(name: str, shape: tuple[int, ...]):
 
 @cache
 def plan_of(name: str, directory: Path) -> dict:
-    tasks = {"words": tiny.write_tasks(directory / "tasks", rows=3)["words"]}
-    model = name.split("-", 1)[1]
+    # copies of FFNs are made without a word of text
+    tasks = None if name in UPCYCLED else {"words": tiny.write_tasks(directory / "tasks", rows=3)["words"]}
+    model = name.removeprefix("drop-").split("-", 1)[1]
     write_headers(directory / "dense", MODELS[model][0])
     path = str(files("modmoe.recipes") / f"{name}.yaml")
-    return modmoe.convert(str(directory / "dense"), directory / "out", path, tasks=tasks, dry_run=True)
+    options = {"dry_run": True, "estimate_for": "h100-80gb"}
+    return modmoe.convert(str(directory / "dense"), directory / "out", path, tasks=tasks, **options)
 
 
 NAMES = sorted(
@@ -160,6 +163,23 @@ NAMES = sorted(
     for path in files("modmoe.recipes").iterdir()
     if path.name.startswith(("modules-", "experts-")) and path.name != "experts-mixtral.yaml"
 )
+
+UPCYCLED = sorted(
+    path.name.removesuffix(".yaml") for path in files("modmoe.recipes").iterdir() if "upcycle-" in path.name
+)
+
+
+def check_estimate(plan, recipe, parameters):
+    assert plan["device"] == "h100-80gb"
+    # there is one of the training where the recipe says anything of it
+    assert ("finetune" in plan["estimate"]) == (recipe.finetune != FinetuneRecipe())
+    for step, need in plan["estimate"].items():
+        assert math.isfinite(need["seconds_high"]) and 0 < need["seconds_low"] < need["seconds_high"], step
+        # Adam's state of 7 G parameters is for several GPUs
+        assert need["fits"] == (step == "convert" or recipe.upcycle.redrawn_fraction == 0), need["verdict"]
+        # no step takes less than the weights in bfloat16; copies are made on the CPU
+        place = "host_bytes" if recipe.method == "upcycle" and step == "convert" else "device_bytes"
+        assert need[place] > 2 * parameters, step
 
 
 def test_there_is_a_recipe_for_every_model():
@@ -183,3 +203,19 @@ def test_recipe_is_planned_at_the_real_size(name, tmp_path):
         assert plan["num_experts"] == recipe.partition.num_modules - recipe.assignment.shared_modules
         assert f"{plan['num_modules']} modules of {plan['module_size']} neurons" in text
     assert not (tmp_path / "out").exists()
+    check_estimate(plan, recipe, before)
+
+
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_upcycling_is_planned_at_the_real_size(name, tmp_path):
+    text = (files("modmoe.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    plan = plan_of(name, tmp_path)
+    sizes = plan["parameters"]
+    assert f"{sizes['dense'] / 1e9:.2f}" == MODELS[name.removeprefix("drop-").split("-", 1)[1]][1]
+    assert "{dense:.2f} G parameters become {stored:.2f} G, {active:.2f} G of them active".format(
+        **{kind: sizes[kind] / 1e9 for kind in ("dense", "stored", "active")}
+    ) in " ".join(text.replace("\n#", " ").split())
+    assert (plan["num_experts"], plan["top_k"]) == (8, 2)
+    assert plan["redrawn_fraction"] == (0.5 if name.startswith("drop-") else 0.0)
+    assert plan["target"] == ("qwen3_moe" if "qwen3" in name else "mixtral")
+    check_estimate(plan, load_recipe(str(files("modmoe.recipes") / f"{name}.yaml")), sizes["dense"])

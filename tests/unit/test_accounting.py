@@ -119,6 +119,25 @@ def test_counts_are_those_by_hand(tmp_path: Path) -> None:
     assert found["experts"][2]["overlap"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "combine", "modules"), [(1, "union", 9 + 9), (2, "sum", 9 + 9), (2, "union", (1 + 6) + (2 + 3))]
+)
+def test_what_all_experts_have_is_one_shared_expert_where_a_token_has_their_union(
+    top_k: int, combine: str, modules: int, tmp_path: Path
+) -> None:
+    write_tied(tmp_path, LAYERS, top_k=top_k, combine=combine)
+    counts = inspect(str(tmp_path))["parameters"]
+    module = 3 * D * SIZE
+    # the first layer's experts all have module 0, the second's 1 and 2; 5 and 4 modules are stored
+    assert counts["materialised"] - counts["stored"] == (modules - 5 - 4) * module
+
+
+def test_where_every_module_is_an_expert_nothing_is_copied(tmp_path: Path) -> None:
+    write_tied(tmp_path, [[[0, 1, own] for own in range(2, M)]], top_k=2)
+    counts = inspect(str(tmp_path))["parameters"]
+    assert counts["materialised"] == counts["stored"]
+
+
 def test_the_contract_of_inspect(tmp_path: Path) -> None:
     write_tied(tmp_path, LAYERS, top_k=2, routing="sequence")
     found = inspect(str(tmp_path))

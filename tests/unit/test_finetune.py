@@ -97,7 +97,7 @@ def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Pa
     assert load_recipe(out / "modmoe.yaml").finetune.max_steps == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     log = json.loads((out / "modmoe_training.json").read_text())["log"]
-    assert {"loss", "loss_text", "loss_distill", "loss_balance", "router_entropy"} <= log[0].keys()
+    assert {"loss", "loss/text", "loss/distillation", "loss/balance", "router/entropy"} <= log[0].keys()
     load(out)
 
 
@@ -337,7 +337,7 @@ def test_nothing_to_resume_begins_anew(
     with caplog.at_level(logging.INFO, logger="modmoe"):
         assert run(room, tmp_path / "out", "token", tasks, resume=True, max_steps=2)["steps"] == 2
     assert "there is no state to go on from" in caplog.text
-    assert "step 2 of 2: loss" in caplog.text
+    assert "step 2/2: loss" in caplog.text
 
 
 def test_nothing_is_printed(

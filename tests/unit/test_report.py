@@ -191,6 +191,34 @@ def test_the_layer_shown_first_tells_the_tasks_apart() -> None:
     assert most_telling(replace(view, chosen_LPE=chosen_LPE)) == 1
 
 
+def test_after_fine_tuning_its_routers_are_shown_beside_those_of_before(
+    tmp_path: Path, made: tuple[Recipe, Analysis]
+) -> None:
+    before = routed_view(list(made[1].batches))
+    samples = tuple(replace(sample, ids_LTK=2 - sample.ids_LTK) for sample in before.samples)
+    after = replace(
+        before,
+        chosen_LPE=before.chosen_LPE.flip(2),
+        used_LPM=1 - before.used_LPM,
+        certainty_L=torch.tensor([0.125, 0.5]),
+        kept_LQ=before.kept_LQ / 7,
+        samples=samples,
+    )
+    named = make_assignments(*made)
+    page = write(tmp_path / "a.html", made, assignments=named, summary=summary(), routing=before, tuned=after)
+    first, last = (round(100 * float(before.chosen_LPE[0, 0, expert])) for expert in (0, 2))
+    assert f"{first} → {last}" in page.text and "as converted → fine-tuned" in page.text
+    assert "Fine-tuned, it lies in" in page.text and "router as converted agrees" in page.text
+    box = next(found for found in page.all("div") if found.get("class") == "tokens")
+    assert json.loads(box["data-choices"] or "") == samples[0].ids_LTK[:, :, 0].tolist()
+    spoken = " ".join(str(found.get("aria-label")) for found in page.all("svg"))
+    assert "of one token 12.5, 50;" in spoken and "As converted: of one token 25, 75;" in spoken
+    assert "output kept 62.5, 87.5" in spoken  # of the conversion
+    used = [f"{100 * value:.0f} %" for value in after.used_LPM[0, 0].sort().values]
+    cells = re.findall(r"<td>(\d+ %)</td>", (tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert set(used) <= set(cells)
+
+
 def test_numbers_of_the_summary_are_shown(full: tuple[str, Page]) -> None:
     _, page = full
     for words in (
