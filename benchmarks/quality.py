@@ -331,7 +331,7 @@ def main() -> None:
         table.add_row(f"{row['sparsity']:.0%}", row["name"], *shown, str(row["seeds"]), *sizes)
     Console(width=120).print(table)
     for size, when, mine, which, peer, won in margins(rows):
-        print(f"{size:.0%} off, {when}: '{mine}' against the {which} peer, '{peer}': {won:+.1f} %")
+        print(f"{size:.0%} off, {when}: '{mine}' against the {which} peer, '{peer}': {won}")
     if args.plot:
         draw(rows, args.plot, model)
     if args.json:

@@ -50,6 +50,7 @@ def summarize(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if told:
                 losses = [mean_loss(values, "tell") for values in told]
                 row[when] = statistics.mean(losses)
+                row[f"{when}_by_seed"] = dict(zip((cell["seed"] for cell in best if when in cell), losses, strict=True))
                 row[f"{when}_spread"] = statistics.stdev(losses) if len(losses) > 1 else 0.0
                 row[f"{when}_tasks"] = {
                     task.removesuffix(".tell"): {
@@ -72,25 +73,34 @@ def first_word(name: str) -> str:
     return name.replace(",", "").split()[0]
 
 
-Margin: TypeAlias = tuple[float, str, str, str, str, float]
+Margin: TypeAlias = tuple[float, str, str, str, str, str]
 """Sparsity, before or after, ours, best or worst, the peer, and what ours wins in per cent of the peer's loss."""
 
 
 def margins(rows: list[dict[str, Any]]) -> list[Margin]:
-    """Return, for each sparsity, before and after, what the best of ours wins over peers, controls left out."""
+    """Return, for each sparsity, before and after, what the best of ours wins over peers, controls left out.
+
+    Ours is the best of those that were run with the most seeds. It is compared with a peer seed by seed, with the seeds
+    that both have: the mean of what is won, and its spread where there are several.
+    """
     found: list[Margin] = []
     for sparsity in sorted({row["sparsity"] for row in rows if row["name"] != "dense"}):
         for when in ("before", "after"):
-            of = {row["name"]: row[when] for row in rows if row["sparsity"] == sparsity and when in row}
-            of = {name: loss for name, loss in of.items() if not any(word in name for word in CONTROLS)}
-            ours = {name: loss for name, loss in of.items() if first_word(name) not in (*PEERS, "dense")}
-            peers = {name: loss for name, loss in of.items() if first_word(name) in PEERS}
+            known = [row for row in rows if row["sparsity"] == sparsity and when in row]
+            of = {row["name"]: row[f"{when}_by_seed"] for row in known}
+            of = {name: seeds for name, seeds in of.items() if not any(word in name for word in CONTROLS)}
+            ours = {name: seeds for name, seeds in of.items() if first_word(name) not in (*PEERS, "dense")}
+            peers = {name: seeds for name, seeds in of.items() if first_word(name) in PEERS}
             if not ours or not peers:
                 continue
-            mine = min(ours, key=ours.__getitem__)
+            mine = min(ours, key=lambda name: (-len(ours[name]), statistics.mean(ours[name].values())))
+            won = {}
+            for peer, seeds in peers.items():
+                each = [100 * (1 - ours[mine][seed] / loss) for seed, loss in seeds.items() if seed in ours[mine]]
+                won[peer] = (statistics.mean(each), f" ± {statistics.stdev(each):.1f}" if len(each) > 1 else "")
             for which, choose in (("best", min), ("worst", max)):
-                peer = choose(peers, key=peers.__getitem__)
-                found.append((sparsity, when, mine, which, peer, 100 * (1 - ours[mine] / peers[peer])))
+                peer = choose(won, key=won.__getitem__)
+                found.append((sparsity, when, mine, which, peer, f"{won[peer][0]:+.1f}{won[peer][1]} %"))
     return found
 
 
@@ -125,9 +135,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     for best, worst in zip(found[::2], found[1::2], strict=True):
         sparsity, when, mine = best[:3]
         of = {row["name"]: row[when] for row in rows if row["sparsity"] == sparsity and when in row}
-        against = [
-            cell for margin in (best, worst) for cell in (f"{margin[4]}, {of[margin[4]]:.3f}", f"{margin[5]:+.1f} %")
-        ]
+        against = [cell for margin in (best, worst) for cell in (f"{margin[4]}, {of[margin[4]]:.3f}", margin[5])]
         lines.append(" | ".join([f"{sparsity:.0%}", when, f"{mine}, {of[mine]:.3f}", *against]))
     return "\n".join(f"| {line} |" if line else line for line in lines)
 
