@@ -125,7 +125,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         if 0.0 in of:  # a model that has no sparsity stands in the middle
             cells[sparsities.index(middle)] = _change(of[0.0])
         sizes = [f"{row[key]:,}" if key in row else "" for key in ("active", "stored")]
-        lines.append(" | ".join([name, *cells, "/".join(f"{rate:g}" for rate in row["rates"]), *values, *sizes]))
+        label = "dense, fine-tuned" if name == "dense" else name
+        lines.append(" | ".join([label, *cells, "/".join(f"{rate:g}" for rate in row["rates"]), *values, *sizes]))
     lines += [
         "",
         "off | when | ours | best peer | won | worst peer | won",
@@ -164,7 +165,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     dense = next((row["after"] for row in rows if row["name"] == "dense"), None)
     names = sorted({row["name"] for row in rows if row["name"] != "dense"})
-    styles = ("-", "--", ":", "-.")
+    styles, markers = ("-", "--", ":", "-."), "osD^vPX"
     for axis, size in zip(axes, ("active", "stored"), strict=True):
         if dense is not None:
             axis.axhline(dense, color=_COLOURS["dense"], linewidth=1, label="dense, fine-tuned")
@@ -172,10 +173,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         for name in names:
             points = sorted((row[size] / 1e6, row["after"], row["after_spread"]) for row in rows if row["name"] == name)
             colour = _COLOURS.get(first_word(name), _PEER)
-            style = styles[drawn.setdefault(colour, 0) % len(styles)]
-            drawn[colour] += 1
+            number = drawn[colour] = drawn.get(colour, -1) + 1
+            look = {"linestyle": styles[number % len(styles)], "marker": markers[number % len(markers)]}
             x, y, spread = zip(*points, strict=True)
-            axis.errorbar(x, y, spread, color=colour, linestyle=style, marker="o", markersize=4, capsize=2, label=name)
+            axis.errorbar(x, y, spread, color=colour, **look, markersize=4, capsize=2, label=name)
         axis.set_xlabel(f"{size} parameters, millions")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss after fine-tuning, nats a token")
