@@ -34,7 +34,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="The conversion: modular; cmoe, moefication, emoe or llama_moe; prune, upcycle, experts or adapters.",
+            help="The conversion: modular (the default); cmoe, moefication, emoe or llama_moe; prune, upcycle, experts "
+            "or adapters.",
         ),
     ] = None,
     tokens: flags.Tokens = None,
@@ -45,11 +46,13 @@ def convert(
             help="Experts; by default one a task, with --method upcycle 8. With --method experts: those that are left."
         ),
     ] = None,
-    modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert.")] = None,
+    modules_per_expert: Annotated[
+        int | None, typer.Option(help="Modules of each expert, shared ones included.")
+    ] = None,
     active_fraction: Annotated[
         float | None,
         typer.Option(
-            help="Share of the modules that each expert has, instead; with --method prune of the neurons kept."
+            help="The same as a share of all modules, by default 0.5; with --method prune the share of neurons kept."
         ),
     ] = None,
     fit_bytes: Annotated[
@@ -57,21 +60,40 @@ def convert(
         typer.Option(metavar="SIZE", help="As many modules an expert as keep the weights within a size such as 4GB."),
     ] = None,
     shared_modules: Annotated[
-        int | None, typer.Option(help="Modules that every expert has, counted among its own.")
+        int | None, typer.Option(help="Modules that every expert has, counted among its own; by default 0.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts chosen at once.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts chosen at once; by default 1.")] = None,
     routing: Annotated[
-        str | None, typer.Option(metavar="token|sequence|task", help="What an expert is chosen for.")
+        str | None,
+        typer.Option(
+            metavar="token|sequence|task",
+            help="What a router chooses an expert for: each token (the default) or each sequence; task: no router, the "
+            "caller names the expert.",
+        ),
     ] = None,
-    combine: Annotated[str | None, typer.Option(metavar="union|sum", help="How the chosen experts add up.")] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="union|sum",
+            help="With --top-k above 1: a module counts once (union, the default), or experts are weighted and added.",
+        ),
+    ] = None,
     compensation: Annotated[
         bool | None, typer.Option("--compensation/--no-compensation", help="Add the mean output of skipped modules.")
     ] = None,
     coverage: Annotated[
         bool | None, typer.Option("--coverage/--no-coverage", help="Give every module to some expert.")
     ] = None,
-    router_start: Annotated[str | None, typer.Option(metavar="METHOD", help="What the router starts from.")] = None,
-    router_kind: Annotated[str | None, typer.Option(metavar="linear|mlp", help="Layers of the router.")] = None,
+    router_start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="What the router starts from: logistic (the default), least_squares, centroid, average_key, zero.",
+        ),
+    ] = None,
+    router_kind: Annotated[
+        str | None, typer.Option(metavar="linear|mlp", help="One matrix (linear, the default) or two layers.")
+    ] = None,
     routing_chunk: Annotated[
         int | None, typer.Option(help="Sequence routing: tokens after which the choice is made anew without a prompt.")
     ] = None,
@@ -80,8 +102,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="How modules are given to experts: top_score, greedy, tokens, modules, random. With --method experts: "
-            "prune or merge.",
+            help="How modules are given to experts: top_score (the default), greedy, tokens, modules, random. With "
+            "--method experts: prune (the default) or merge.",
         ),
     ] = None,
     refit: Annotated[
@@ -183,9 +205,16 @@ def convert(
             device=device,
             trust_remote_code=trust_remote_code or None,
         )
-        next_step = (
-            "the same without --dry-run" if dry_run else flags.quote("modmoe", "finetune", output, "OUT") + " ..."
-        )
+        words = flags.task_words(tasks, recipe)
+        # the dense model teaches what was made of its modules; a pruned model or one with an adapter does without
+        words += ["--distill-from", source] if words and result.get("stored_modules") else []
+        words += ["--trust-remote-code"] if words and trust_remote_code else []
+        following = flags.quote("modmoe", "finetune", output, "OUT", *words) + ("" if words else " ...")
+        next_step = "the same without --dry-run" if dry_run else following
+        if result.get("stored_modules") and result["num_experts"] == 1:
+            console.say(
+                "note: there is one expert, so nothing is chosen; for more give a second --task, or --num-experts."
+            )
         picture = (lambda: draw_tree(result, output)) if result.get("stored_modules") and not dry_run else None
         shown = estimate_words(result)
         console.finish(result, title=output, next_step=next_step, shown=shown, picture=picture)

@@ -17,7 +17,7 @@ _TEXT_CHARACTERS = 90
 
 def demo(
     output: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="The directory to write; by default ./modmoe-demo.")
+        str | None, typer.Argument(metavar="OUT", help="The directory to write; by default ./modmoe-demo.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that draws numbers.")] = 0,
     overwrite: flags.Overwrite = False,
@@ -25,7 +25,10 @@ def demo(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
 ) -> None:
-    """Convert, fine-tune, measure and export the small model that ships with modmoe: offline, on a laptop CPU."""
+    """Convert, fine-tune, measure and export the small model that ships with modmoe.
+
+    It is offline, and takes some minutes on a laptop CPU.
+    """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         from modmoe.demo.run import run
 

@@ -48,7 +48,12 @@ def evaluate(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
 ) -> None:
-    """Measure a model on each task's text: loss, perplexity, bits per byte, tokens a second; or run lm-eval on it."""
+    """Measure a model on each task's text: loss, perplexity, bits per byte, tokens a second; or run lm-eval on it.
+
+    Loss is in nats a token. With --baseline, ratio is the loss divided by the baseline's: 1 is as good, above 1 is
+    worse. Where rows have a prompt, exact_match is the share of them whose completion greedy decoding would give word
+    for word.
+    """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         tasks = flags.parse_tasks(task)
         names = None if harness is None else _names(harness)

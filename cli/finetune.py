@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from modmoe import steps
 from modmoe.cli import flags
-from modmoe.cli.console import Console
+from modmoe.cli.console import Console, is_first_process
 from modmoe.cli.estimates import estimate_words
 
 EPILOG = flags.examples(
@@ -27,17 +28,27 @@ def finetune(
         list[str] | None,
         typer.Option("--eval", metavar="NAME=FILE", help="Text to measure before and after. May be repeated."),
     ] = None,
-    train: Annotated[str | None, typer.Option(metavar="router|lora|full|adapters", help="What learns.")] = None,
-    distill_from: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="The dense model whose predictions are learned.")
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="router|lora|full|adapters", help="What learns; by default full: every weight."),
     ] = None,
-    distill_weight: Annotated[float | None, typer.Option(help="Share of the distillation loss, 0 to 1.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of the distillation.")] = None,
-    balance_weight: Annotated[float | None, typer.Option(help="Factor of the load-balance loss.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    distill_from: Annotated[
+        str | None,
+        typer.Option(metavar="DENSE", help="The dense model whose predictions are learned; by default the text alone."),
+    ] = None,
+    distill_weight: Annotated[
+        float | None, typer.Option(help="Share of the distillation loss, 0 to 1; by default 0.5.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the distillation; by default 1.")] = None,
+    balance_weight: Annotated[
+        float | None, typer.Option(help="Factor of the load-balance loss; by default 0.01.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default 200.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; by default by the hidden size, 5e-5 to 1e-3.")
+    ] = None,
     warmup_fraction: Annotated[
-        float | None, typer.Option(help="Share of the steps in which the learning rate rises.")
+        float | None, typer.Option(help="Share of the steps in which the learning rate rises; by default 0.05.")
     ] = None,
     batch_size: flags.BatchSize = None,
     sequence_length: flags.SequenceLength = None,
@@ -50,8 +61,10 @@ def finetune(
     budget: Annotated[
         int | None, typer.Option(help="With --adapter: parameters to stay within; the rank is solved for.")
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between two states that --resume goes on from.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices; by default 16.")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between two states that --resume goes on from; by default 100.")
+    ] = None,
     report_to: Annotated[
         str | None, typer.Option(metavar="tensorboard|trackio|wandb", help="What draws the curves as they grow.")
     ] = None,
@@ -104,9 +117,21 @@ def finetune(
             trust_remote_code=trust_remote_code or None,
         )
         line = flags.quote("modmoe", "export", output, "OUT", "--format", "safetensors", "--form", "tied")
+        if not dry_run and not _can_export(output):
+            words = flags.task_words(flags.parse_tasks(task), None) or ["--task", "NAME=FILE"]
+            line = flags.quote("modmoe", "eval", output, *words, "--baseline", source)
         console.finish(
             result,
             title=output,
             next_step="the same without --dry-run" if dry_run else line,
             shown=estimate_words(result),
         )
+
+
+def _can_export(output: str) -> bool:
+    """Return whether ``modmoe export`` takes what was written: a dense model or a native mixture is whole as it is."""
+    if not is_first_process() or not (Path(output) / "config.json").is_file():
+        return True
+    from modmoe.loading import is_tied
+
+    return is_tied(Path(output))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -23,9 +23,9 @@ Task = Annotated[
 RecipeFile = Annotated[
     str | None, typer.Option("-c", "--recipe", metavar="RECIPE", help="A YAML recipe; flags override it.")
 ]
-Tokens = Annotated[int | None, typer.Option(help="Calibration tokens of each task.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a sequence.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences of a batch.")]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens of each task; by default 32768.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a sequence; by default 256.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences of a batch; by default 8.")]
 ByLayer = Annotated[
     bool | None,
     typer.Option(
@@ -33,15 +33,26 @@ ByLayer = Annotated[
         help="Hold one decoder layer in memory at a time; by default where the model takes over half of what is free.",
     ),
 ]
-NumModules = Annotated[int | None, typer.Option(help="Modules of each FFN; must divide its neurons.")]
+NumModules = Annotated[int | None, typer.Option(help="Modules of each FFN; must divide its neurons. By default 16.")]
 PartitionMethod = Annotated[
-    str | None, typer.Option("--partition", metavar="METHOD", help="How neurons are cut into modules.")
+    str | None,
+    typer.Option(
+        "--partition",
+        metavar="METHOD",
+        help="How neurons are cut into modules: kmeans (the default), activations, coactivation, gradient, random, "
+        "contiguous, or the dotted path of a function of yours.",
+    ),
 ]
 Score = Annotated[
-    str | None, typer.Option(metavar="METHOD", help="How the importance of a module or an expert is measured.")
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help="How the importance of a module is measured: wanda (the default), magnitude, activation, wifv, taylor, "
+        "output_norm. Of an expert, with --method experts: by default reap.",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that draws numbers.")]
-Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that draws numbers; by default 0.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where models run; by default auto.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python files to be executed.")
 ]
@@ -67,11 +78,17 @@ def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str,
     for value in values:
         name, sign, file = value.partition("=")
         if not sign or not name.strip() or not file.strip():
-            raise RecipeError(f"{flag}: '{value}' is not of the form NAME=FILE.")
+            raise RecipeError(f"{flag}: '{value}' is not of the form NAME=FILE.{_as_task(value)}")
         if name.strip() in tasks:
             raise RecipeError(f"{flag}: the name '{name.strip()}' is given twice; names must differ.")
         tasks[name.strip()] = file.strip()
     return tasks
+
+
+def _as_task(value: str) -> str:
+    """Return how a file without a name is given as a task, or nothing for what does not look like a file."""
+    stem, dot, _ = value.rpartition("/")[2].rpartition(".")
+    return f" Name it: {quote(f'{stem}={value}')}." if dot and stem and "=" not in value else ""
 
 
 def choose(flag: str, value: str, options: Sequence[str]) -> str:
@@ -81,6 +98,12 @@ def choose(flag: str, value: str, options: Sequence[str]) -> str:
     listed = ", ".join(options[:-1]) + f" or {options[-1]}" if len(options) > 1 else options[0]
     hint = did_you_mean(value, options)
     raise RecipeError(f"{flag}: no such value '{value}'; choose {listed}.{hint if 'Did you mean' in hint else ''}")
+
+
+def task_words(tasks: Mapping[str, str] | None, recipe: str | None) -> list[str]:
+    """Return the words that give the same tasks to the next command."""
+    words = [] if recipe is None else ["-c", recipe]
+    return words + [word for name, file in (tasks or {}).items() for word in ("--task", f"{name}={file}")]
 
 
 def parse_size(flag: str, text: str) -> int:

@@ -47,18 +47,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command("analyze", epilog=analyze.EPILOG)(analyze.analyze)
-app.command("convert", epilog=convert.EPILOG)(convert.convert)
-app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
-app.command("export", epilog=export.EPILOG)(export.export)
-app.command("push", epilog=push.EPILOG)(push.push)
-app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
-app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
-app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
+# The commands with the line that stands for each in the list of them.
+for name, module, function, line in (
+    ("analyze", analyze, analyze.analyze, "Measure a dense model's neurons on each task's text."),
+    ("convert", convert, convert.convert, "Make a mixture of experts of a dense checkpoint: the first step."),
+    ("finetune", finetune, finetune.finetune, "Train what convert wrote on the tasks' text."),
+    ("export", export, export.export, "Write a trained model in a form that others load."),
+    ("push", push, push.push, "Send an exported directory to the Hub."),
+    ("inspect", inspect, inspect.inspect, "Show parameters, sparsity, experts, overlap."),
+    ("doctor", doctor, doctor.doctor, "Say whether a checkpoint is whole, and how to mend it."),
+    ("eval", eval, eval.evaluate, "Measure loss, perplexity and speed on each task's text."),
+    ("validate", validate, validate.validate, "Check a recipe and print it with every default."),
+    ("env", env, env.env, "Show versions, device, threads and caches, for a bug report."),
+    ("demo", demo, demo.demo, "All of it on a small model that ships with modmoe: begin here."),
+):
+    app.command(name, short_help=line, epilog=module.EPILOG)(function)
 app.add_typer(recipes.app, name="recipes")
-app.command("validate", epilog=validate.EPILOG)(validate.validate)
-app.command("env", epilog=env.EPILOG)(env.env)
-app.command("demo", epilog=demo.EPILOG)(demo.demo)
 
 # Typer may carry its own copy of click, so the class is found through the one that typer names.
 _ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

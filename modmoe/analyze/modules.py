@@ -65,7 +65,9 @@ def check_num_modules(neurons: int, num_modules: int) -> None:
     below = [number for number in divisors if number < num_modules][-1:]
     above = [number for number in divisors if number > num_modules][:1]
     nearest = ", ".join(map(str, below + above))
-    raise PartitionError(f"num_modules: {num_modules} does not divide {neurons} neurons; nearest that do: {nearest}")
+    raise PartitionError(
+        f"num_modules: {num_modules} does not divide {neurons} neurons; nearest that do: {nearest} (--num-modules)"
+    )
 
 
 def save_partitions(path: str | Path, partitions: Sequence[Partition]) -> Path:

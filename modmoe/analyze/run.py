@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,10 @@ from modmoe.ffn import FFNWeights, LazyFFNs
 from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load_tokenizer, pick_device, read_settings
 from modmoe.recipe import Recipe, dump_recipe
 from modmoe.staging import check_output
+
+LOG = logging.getLogger(__name__)
+# a task with less than this part of the calibration tokens is pointed out
+_FEW = 4
 
 Progress = Callable[..., None]
 
@@ -230,6 +235,11 @@ def tokenize(recipe: Recipe, texts: Mapping[str, Any], tokenizer: Any, progress:
             seed=recipe.seed,
         )
     progress("tokenizing, tasks", len(texts), len(texts))
+    for name, found in tokens_by_task(batches).items():
+        if found < calibration.tokens // _FEW:
+            LOG.info(
+                f"{name}: only {found:,} tokens of text, {calibration.tokens:,} were asked for; more would tell more"
+            )
     return batches
 
 

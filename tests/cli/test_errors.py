@@ -35,6 +35,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("convert a b --num-modules x", "--num-modules"),
         ("convert a b c", "extra argument"),
         ("convert a b --task maths", "--task: 'maths' is not of the form NAME=FILE."),
+        ("convert a b --task my/maths.jsonl", "NAME=FILE. Name it: maths=my/maths.jsonl."),
         ("convert a b --task =x", "not of the form NAME=FILE"),
         ("convert a b --task m=", "not of the form NAME=FILE"),
         ("convert a b --task m=1 --task m=2", "--task: the name 'm' is given twice"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
+import typer
 
 from modmoe import __version__
-from modmoe.cli.main import run
+from modmoe.cli.main import app, run
+from modmoe.keywords import KEYWORDS
+from modmoe.recipe import Recipe
 
 COMMANDS = ("analyze", "convert", "finetune", "export", "push", "inspect", "doctor", "eval", "validate", "env", "demo")
 SUBCOMMANDS = (("recipes", "ls"), ("recipes", "show"), ("recipes", "cp"))
@@ -29,6 +34,7 @@ def test_the_root_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert all(f"\n  {command} " in out for command in (*COMMANDS, "recipes"))
     assert "--install-completion" in out
+    assert "..." not in out.partition("Commands:")[2].partition("Examples:")[0]
     assert run([]) == 0
     assert capsys.readouterr().out == out
 
@@ -73,3 +79,19 @@ def test_flags_of_commands_that_read_a_model(command: str, capsys: pytest.Captur
         assert "--device auto|cpu|cuda" in out
     if command != "eval":
         assert "--overwrite" in out
+
+
+@pytest.mark.parametrize(("command", "least"), [("analyze", 5), ("convert", 14), ("finetune", 8)])
+def test_defaults_that_the_help_names_are_the_recipes(command: str, least: int) -> None:
+    root = typer.main.get_command(app)
+    options = {item.name: getattr(item, "help", "") or "" for item in root.commands[command].params}  # type: ignore[attr-defined]
+    said = {
+        name: found[1] or found[2]
+        for name, words in options.items()
+        if (found := re.search(r"[Bb]y default ([\d.]*\d)\b|(\w+)(?:,| \()\s?\(?the default", words))
+    }
+    recipe = Recipe()
+    for name, value in said.items():
+        default = reduce(getattr, KEYWORDS[command][name].split("."), recipe)
+        assert float(value) == default if isinstance(default, int | float) else value == default, name
+    assert len(said) >= least

@@ -73,6 +73,42 @@ def test_people_read_tables_and_what_comes_next(command: str, noisy: Any, capsys
         assert "modmoe: working: 2" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("convert d out --task a=1 -c r.yaml", "modmoe finetune out OUT -c r.yaml --task a=1"),
+        ("convert d out", "modmoe finetune out OUT ..."),
+        ("convert d out --task a=1 --dry-run", "the same without --dry-run"),
+        ("finetune d dense --task a=1", "modmoe eval dense --task a=1 --baseline d"),
+        ("finetune d tied --task a=1", "modmoe export tied OUT --format safetensors --form tied"),
+    ],
+)
+def test_what_comes_next_is_a_command_that_runs(
+    command: str,
+    wanted: str,
+    noisy: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, kind in {"dense": "llama", "tied": "modmoe_llama"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run(command.split()) == 0
+    assert f"next: {wanted}\n" in capsys.readouterr().err
+
+
+def test_one_expert_is_pointed_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for count in (1, 2):
+        result = {"stored_modules": [2], "num_experts": count}
+        monkeypatch.setattr(steps, "convert", lambda *_, result=result, **__: result)
+        assert run(["convert", "d", "out", "--task", "a=1", "--trust-remote-code"]) == 0
+        err = capsys.readouterr().err
+        assert ("note: there is one expert" in err) == (count == 1)
+        assert "next: modmoe finetune out OUT --task a=1 --distill-from d --trust-remote-code\n" in err
+
+
 def test_quiet_says_nothing(noisy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["convert", "d", "out", "--task", "a=1", "-q"]) == 0
     assert capsys.readouterr() == ("", "a library prints to stdout\n")

@@ -24,7 +24,18 @@ COMMANDS = [
 ]
 PYTHON = [pytest.param(block.text, id=page.stem) for page in pages.PAGES for block in pages.blocks(page, "python")]
 # what pages say to type besides modmoe; whatever is not here is a mistake, or has to be put here
-OTHERS = ("tensorboard ", "pip ", "make ", "cp -r ", "ln -s ", "tar ", "python ", "head=$(scontrol ")
+OTHERS = (
+    "tensorboard ",
+    "pip ",
+    "make ",
+    "cp -r ",
+    "ln -s ",
+    "tar ",
+    "python ",
+    "python3 -m venv",
+    ". .venv/",
+    "head=$(scontrol ",
+)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, render, token_batches
+from modmoe.analyze.run import silent, tokenize
 from modmoe.analyze.stream import WholeModel
 from modmoe.errors import CalibrationError
 from modmoe.families import FAMILIES
+from modmoe.recipe import CalibrationRecipe, Recipe
 from tests.tiny import dense_model, tokenizer
 
 TEXT = [{"text": "a b c"}, {"text": "d"}]
@@ -123,6 +125,17 @@ def test_batches_are_cut_padded_on_the_right_and_stop_in_time() -> None:
         assert bool((batch.input_ids_BT[mask_BT == 0] == 258).all())
         assert batch.num_tokens == int(mask_BT.sum())
     assert all(len(batch.input_ids_BT) == 3 for batch in batches[:-1])
+
+
+@pytest.mark.parametrize(("wanted", "is_said"), [(40, False), (4000, True)])
+def test_little_text_is_pointed_out(wanted: int, is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
+    from datasets import Dataset
+
+    recipe = Recipe(calibration=CalibrationRecipe(tokens=wanted, sequence_length=8))
+    texts = {"maths": Dataset.from_list([{"text": "one two three four five six"}] * 8)}
+    with caplog.at_level("INFO", logger="modmoe"):
+        tokenize(recipe, texts, tokenizer(), silent)
+    assert [record.getMessage().startswith("maths: only ") for record in caplog.records] == [True] * is_said
 
 
 def test_a_template_that_writes_the_first_token_does_not_get_a_second() -> None:
