@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from modmoe.analyze.drawing import PALETTE
 from modmoe.analyze.script import SCRIPT
@@ -241,3 +242,9 @@ def columns_of_text(texts: Sequence[tuple[str, str]]) -> str:
     """Return titled texts side by side where there is room."""
     parts = "".join(f"<div>{preformatted(text, title)}</div>" for title, text in texts)
     return f'<div class="sample">{parts}</div>'
+
+
+def short_name(source: str | None) -> str:
+    """Return a Hub id or a relative path as it is; of an absolute one the end, since reports are shown to others."""
+    path = Path(source or "model")
+    return "/".join(path.parts[-2:]) if path.is_absolute() else str(source or "model")

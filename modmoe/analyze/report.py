@@ -86,7 +86,7 @@ def write_report(
     ]
     for anchor, (title, parts) in shown.items():
         body += [page.heading(title, anchor=anchor), *parts]
-    text = page.page(f"ModularMoE report: {recipe.source or 'model'}", body)
+    text = page.page(f"ModularMoE report: {page.short_name(recipe.source)}", body)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -108,8 +108,8 @@ def _describe(
 ) -> str:
     source, partition = analysis.source, analysis.partitions[0]
     text = (
-        f"{recipe.source}, a {source.family.model_type} model of {source.num_layers} layers with {source.neurons:,} "
-        f"FFN neurons each. The neurons of a layer were cut into {partition.num_modules} modules of "
+        f"{page.short_name(recipe.source)}, a {source.family.model_type} model of {source.num_layers} layers with "
+        f"{source.neurons:,} FFN neurons each. The neurons of a layer were cut into {partition.num_modules} modules of "
         f"{partition.module_size} by '{recipe.partition.method}'"
     )
     if not assignments:

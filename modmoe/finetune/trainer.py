@@ -265,7 +265,7 @@ class Report(TrainerCallback):
         speed = (seen - self._since[1]) / max(now_s - self._since[0], 1e-9)
         self._since = (now_s, seen)
         names = {"loss/text": "text", "loss/distillation": "distill", "loss/balance": "balance"}
-        names |= {"loss/routers": "routers", "router/entropy": "entropy"}
+        names["loss/routers"] = "routers"
         parts = ", ".join(f"{short} {logs[name]:.3f}" for name, short in names.items() if name in logs)
         place = (state.global_step, state.max_steps)
         LOG.info("step %d/%d: loss %.3f (%s), %s tokens/s", *place, logs["loss"], parts, f"{speed:,.0f}")
