@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .routing_modmoe import RoutingState, sequence_features
-from .ways_modmoe import Layout, by_runs, compiled_gather, gather_token, run_tokens
+from .ways_modmoe import Layout, by_runs, compiled_gather, gather_token, lanes_of, run_tokens
 
 
 class ModularRouter(nn.Module):
@@ -270,6 +270,7 @@ class ModularFFN(nn.Module):
             scale_A,
             self.act_fn,
             self.module_size,
+            lanes_of(self.module_size, self.down_proj.out_features, x_1D.device),
         )
         return self._add_constants(y_1D, ids_1K)
 

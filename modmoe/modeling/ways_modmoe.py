@@ -254,14 +254,14 @@ def gather_token(
     scale_A: Tensor | None,
     activation: Callable[[Tensor], Tensor],
     size: int,
+    lanes: int,
 ) -> Tensor:
     """Return the output of one token, [1, D], for the modules whose numbers stand in ``modules_A``.
 
-    Compiled, the weights are neither copied nor read but where they are on. Rows of a matrix are summed side by side on
-    a processor, where one row alone does not keep the memory busy.
+    Compiled, the weights are neither copied nor read but where they are on. ``lanes`` rows of a matrix, see
+    ``lanes_of``, are summed side by side.
     """
     width = x_1D.shape[1]
-    lanes = math.gcd(math.gcd(size, width), 4) if x_1D.is_cpu else 1
     x_D = x_1D[0]
 
     def project(weight_FD: Tensor, bias_F: Tensor | None) -> list[Tensor]:
@@ -284,6 +284,14 @@ def gather_token(
     down_DLSm = down_DF.view(width // lanes, lanes, -1, size)
     parts = [(down_DLSm[:, lane][:, modules_A] * hidden_Am).sum((1, 2)) for lane in range(lanes)]
     return torch.stack(parts, -1).reshape(1, width)
+
+
+def lanes_of(size: int, width: int, device: torch.device) -> int:
+    """Return the rows that ``gather_token`` sums side by side: on a processor one alone leaves the memory idle.
+
+    Worked out outside of it: what is compiled for modules of several sizes has sizes that are no numbers yet.
+    """
+    return math.gcd(math.gcd(size, width), 4) if device.type == "cpu" else 1
 
 
 @functools.cache

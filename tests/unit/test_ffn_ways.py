@@ -212,6 +212,19 @@ def test_one_token_compiles_to_one_graph_that_gathers(
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_models_with_modules_of_several_sizes_gather_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(gather_token, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(modular_ffn, "compiled_gather", lambda: compiled)
+    for width, size in ((12, 4), (12, 2), (12, 6), (10, 3), (24, 8)):
+        ffn = make_ffn(hidden_size=width, module_size=size)
+        x_TD = torch.randn(1, width, dtype=torch.float64)
+        ffn.state.way = "gather"
+        torch.testing.assert_close(ffn(x_TD), tied_ffn(ffn, x_TD, *ffn._choose(x_TD, x_TD)), rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("why", ["training", "hook", "lora", "autocast"])
 def test_what_sits_on_the_linear_layers_is_heeded(why: str) -> None:
     ffn = make_ffn()
