@@ -4,8 +4,10 @@
 
 Decoding one sequence reads every weight in use once a token. If FFNs are the share s of those bytes and a token uses
 the part f of them, nothing can be faster than 1 / (1 - s (1 - f)) times the dense model: the ceiling. Models have
-random weights, which cost as much as trained ones; an expert is the shared core and a run of its own. A ratio is the
-median over rounds of the ratio within a round; every variant generates in turn. On a CPU: processor time, one thread.
+random weights, which cost as much as trained ones; an expert is the shared core and a run of its own, or, in the rows
+named so, each of 32, 64 or 128 modules is an expert and the router picks as many as make up f, wherever they lie. A
+ratio is the median over rounds of the ratio within a round; every variant generates in turn. On a CPU: processor time,
+one thread.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ VARIANTS = [
     ("task, gather", "task", "gather"),
     ("token, gather", "token", "gather"),
     ("task, masked", "task", "masked"),
+    *((f"{modules} modules", modules, "auto") for modules in (32, 64, 128)),
+    *((f"{modules} modules, gather", modules, "gather") for modules in (32, 64, 128)),
 ]
+"""The second is the routing of experts, or how many modules there are of which each is an expert."""
 
 
 def parse() -> argparse.Namespace:
@@ -76,29 +81,35 @@ def tied_model(args: argparse.Namespace, active: int, routing: str, dtype: torch
     """Return a tied model whose experts have ``active`` modules, half of them shared and stored first."""
     core = active // 2
     own = active - core
-    stored = core + EXPERTS * own
+    return _tied(args, dtype, [[*range(core), *range(core + e * own, core + (e + 1) * own)] for e in range(EXPERTS)],
+        num_modules=MODULES, shared_modules=core, routing=routing,
+        default_expert="expert 1" if routing == "task" else None)  # fmt: skip
+
+
+def routed_model(args: argparse.Namespace, active: int, modules: int, dtype: torch.dtype) -> Any:
+    """Return a tied model each of whose ``modules`` modules is an expert, with ``active`` of MODULES chosen."""
+    chosen = active * modules // MODULES
+    return _tied(args, dtype, [[e] for e in range(modules)], num_modules=modules, num_experts_per_tok=chosen)
+
+
+def _tied(args: argparse.Namespace, dtype: torch.dtype, modules_EA: list[list[int]], **fields: Any) -> Any:
+    """Return a tied model whose experts have the modules named."""
     dense = dense_config(args)
-    config = configuration_modmoe.ModMoELlamaConfig(
-        **{
-            **dense.to_dict(),
-            "num_modules": MODULES,
-            "module_size": dense.intermediate_size // MODULES,
-            "stored_modules": [stored] * dense.num_hidden_layers,
-            "num_experts": EXPERTS,
-            "expert_names": [f"expert {number}" for number in range(EXPERTS)],
-            "modules_per_expert": active,
-            "shared_modules": core,
-            "routing": routing,
-            "default_expert": "expert 1" if routing == "task" else None,
-            "dense_intermediate_size": dense.intermediate_size,
-        }
-    )
+    experts, stored = len(modules_EA), 1 + max(map(max, modules_EA))
+    own = {
+        "module_size": dense.intermediate_size // fields["num_modules"],
+        "stored_modules": [stored] * dense.num_hidden_layers,
+        "num_experts": experts,
+        "expert_names": [f"expert {number}" for number in range(experts)],
+        "modules_per_expert": len(modules_EA[0]),
+        "dense_intermediate_size": dense.intermediate_size,
+    }
+    config = configuration_modmoe.ModMoELlamaConfig(**{**dense.to_dict(), **own, **fields})
     model = made(modeling_modmoe.ModMoELlamaForCausalLM, config, args.device, dtype)
     for layer in model.model.layers:
-        member_ES = torch.zeros(EXPERTS, stored, dtype=torch.bool)
-        member_ES[:, :core] = True
-        for expert in range(EXPERTS):
-            member_ES[expert, core + expert * own : core + (expert + 1) * own] = True
+        member_ES = torch.zeros(experts, stored, dtype=torch.bool)
+        for expert, held in enumerate(modules_EA):
+            member_ES[expert, held] = True
         layer.mlp.membership.copy_(member_ES)
         layer.mlp.check_ranking()
     return model
@@ -153,10 +164,11 @@ def rows_of(args: argparse.Namespace, dtype: torch.dtype, active: int, variants:
     """Return the rows of one size of expert and one type."""
     dense = made(transformers.LlamaForCausalLM, dense_config(args), args.device, dtype)
     timed = {"dense": decoder(dense, args)}
-    models: dict[str, Any] = {}
+    models: dict[str | int, Any] = {}
     for name, routing, way in variants:
         if routing not in models:
-            models[routing] = tied_model(args, active, routing, dtype)
+            make: Callable[..., Any] = tied_model if isinstance(routing, str) else routed_model
+            models[routing] = make(args, active, routing, dtype)
         model, run = models[routing], decoder(models[routing], args)
 
         def switched(model: Any = model, way: str = way, run: Callable[[], Any] = run) -> Any:
@@ -200,7 +212,7 @@ def main() -> None:
     variants = VARIANTS
     if args.quick:
         args.width, args.layers, args.tokens, args.rounds, args.dtypes = 1024, 2, 8, 3, "bfloat16"
-        variants = VARIANTS[:2]
+        variants = VARIANTS[:2] + VARIANTS[6:7]
     if args.device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -157,41 +157,55 @@ def _change(row: dict[str, Any] | None) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the loss after fine-tuning by active and by stored parameters, a line a method."""
+    """Draw the loss after fine-tuning by active and by stored parameters, and by speed where known, a line a method."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if not any(word in row["name"] for word in CONTROLS) and "after" in row]
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    sizes = {"active": "active parameters, millions", "stored": "stored parameters, millions"}
+    if any("speed" in row for row in rows):
+        sizes["speed"] = "times as fast as dense, decoding"
+    figure = Figure(figsize=(3 + 3.25 * len(sizes), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(sizes), sharey=True)
     dense = next((row["after"] for row in rows if row["name"] == "dense"), None)
     names = sorted({row["name"] for row in rows if row["name"] != "dense"})
     styles, markers = ("-", "--", ":", "-."), "osD^vPX"
-    for axis, size in zip(axes, ("active", "stored"), strict=True):
+    for axis, (size, label) in zip(axes, sizes.items(), strict=True):
         if dense is not None:
             axis.axhline(dense, color=_COLOURS["dense"], linewidth=1, label="dense, fine-tuned")
         drawn: dict[str, int] = {}
         for name in names:
-            points = sorted((row[size] / 1e6, row["after"], row["after_spread"]) for row in rows if row["name"] == name)
+            scale = 1 if size == "speed" else 1e6
+            known = [row for row in rows if row["name"] == name and size in row]
+            points = sorted((row[size] / scale, row["after"], row["after_spread"]) for row in known)
             colour = _COLOURS.get(first_word(name), _PEER)
             number = drawn[colour] = drawn.get(colour, -1) + 1
             look = {"linestyle": styles[number % len(styles)], "marker": markers[number % len(markers)]}
+            if not points:
+                continue
             x, y, spread = zip(*points, strict=True)
             axis.errorbar(x, y, spread, color=colour, **look, markersize=4, capsize=2, label=name)
-        axis.set_xlabel(f"{size} parameters, millions")
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss after fine-tuning, nats a token")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def rewrite(path: Path) -> None:
     """Put the tables of the cells that lie beside a Markdown file between its comments, and draw the pictures anew."""
-    cells = [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    cells, speeds = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        for file in (path.with_suffix(".jsonl"), path.with_name(f"{path.stem}_speed.jsonl"))
+    )
+    speed_of = {(line["model"], line["method"], line["sparsity"]): line["speed"] for line in speeds}
 
     def made(found: re.Match[str]) -> str:
         model, steps = found[1], int(found[2])
         rows = summarize(cell for cell in cells if (cell["model"], cell["steps"]) == (model, steps))
+        for row in rows:
+            if (key := (model, row["name"], row["sparsity"])) in speed_of:
+                row["speed"] = speed_of[key]
         draw(rows, path.with_name(f"quality-{model}.png"), f"{model}: loss after {steps} steps")
         return f"<!-- {model}, {steps} steps -->\n{tables(rows)}\n<!-- end -->"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from modmoe.errors import RecipeError, did_you_mean
+from modmoe.errors import ModmoeError, RecipeError, did_you_mean
+from modmoe.keywords import KEYWORDS
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A local directory or a Hub id.")]
 Output = Annotated[str, typer.Argument(metavar="OUT", help="The directory to write; it must be empty or not exist.")]
@@ -68,6 +70,40 @@ EstimateFor = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Put one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log lines, and those of the libraries.")]
+
+
+class Command(TyperCommand):
+    """A command whose errors name the flag beside the place in the recipe, where the value came from a flag."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except ModmoeError as error:
+            error.args = (_with_flag(str(error), ctx),)
+            raise
+
+
+def _with_flag(message: str, context: Any) -> str:
+    """Return ``router.routing (--routing): ...`` for ``router.routing: ...`` where that flag was given."""
+    keywords = {**KEYWORDS.get(str(context.info_name), {}), "task": "tasks", "eval_task": "tasks"}
+    recipe = context.params.get("recipe")
+    for option in context.command.params:
+        source, value = context.get_parameter_source(option.name), context.params[option.name]
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        place = keywords.get(option.name)
+        # with --method experts a flag sets the place of its own name there
+        places = [f"experts.{option.name}", *([] if place is None else [place])]
+        if place == "tasks":
+            places += [f"tasks.{task.partition('=')[0].strip()}" for task in value]
+        flag = option.secondary_opts[0] if value is False else option.opts[-1]
+        for place in places:
+            # what a flag says is not what the recipe's file says, whose name would mislead
+            for start in (f"{place}: ", f"{recipe}: {place}: "):
+                if message.startswith(start):
+                    return f"{place} ({flag}): {message.removeprefix(start)}"
+    return message
 
 
 def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str, str] | None:

@@ -31,7 +31,30 @@ def inspect(
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         result = steps.inspect(directory)
-        console.finish(result, title=directory, picture=lambda: draw_tree(result, directory))
+        shown = _shown_dense(result) if _is_dense(result) else result
+        console.finish(result, title=directory, shown=shown, picture=lambda: draw_tree(result, directory))
+
+
+def _is_dense(result: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint has neither modules nor experts nor adapters, so that all of that would read 0."""
+    return "num_experts" in result and not result["num_experts"] and "adapter" not in result["parameters"]
+
+
+def _shown_dense(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what there is to say of a dense model, or of a pruned one."""
+    method = {"method": result["method"]} if result.get("method") else {}
+    counts = result["parameters"]
+    is_pruned = counts["stored"] != counts["dense"]
+    return {
+        "model_type": result["model_type"],
+        "kind": "dense",
+        **method,
+        "num_layers": result["num_layers"],
+        "parameters": {name: counts[name] for name in ("dense", "stored")} if is_pruned else counts["stored"],
+        "bytes_on_disk": result["bytes_on_disk"],
+        "tensor_bytes": result["tensor_bytes"],
+        **({"sparsity": result["sparsity"]} if is_pruned else {}),
+    }
 
 
 MOST_BRANCHES = 6
@@ -50,12 +73,18 @@ def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
         if len(lines) > MOST_BRANCHES:
             part.add(Text(f"... and {len(lines) - MOST_BRANCHES} more; --json has all"))
 
-    kind = [str(result[name]) for name in ("model_type", "method") if result.get(name)]
+    is_dense = _is_dense(result)
+    kind = [str(result[name]) for name in ("model_type", "method") if result.get(name)] + ["dense"] * is_dense
     layers = result.get("num_layers")
     about = [*kind, *([f"{layers} layers"] if layers else []), *_routing(result)]
     tree = Tree(Text(title, style="bold", overflow="ellipsis", no_wrap=True))
     tree.add(Text(", ".join(about)))
-    numbers = {name: value for name, value in (result.get("parameters") or {}).items() if value is not None}
+    on_disk = f", {size_words(result['bytes_on_disk'])} on disk" if result.get("bytes_on_disk") else ""
+    parameters = (_shown_dense(result) if is_dense else result).get("parameters") or {}
+    if isinstance(parameters, int):
+        branch(tree, f"{parameters:,} parameters{on_disk}", [])
+        parameters = {}
+    numbers = {name: value for name, value in parameters.items() if value is not None}
     if numbers.get("active_max") == numbers.get("active"):
         numbers.pop("active_max", None)
     width = max((len(name) for name in numbers), default=0)
@@ -65,8 +94,7 @@ def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
         for name, value in numbers.items()
     ]
     if counts:
-        size = result.get("bytes_on_disk")
-        branch(tree, "parameters" + (f", {size_words(size)} on disk" if size else ""), counts)
+        branch(tree, f"parameters{on_disk}", counts)
     sparsity = result.get("sparsity") or {}
     if any(sparsity.values()):
         told = [f"{name:<6}{100 * value:5.1f} %" for name, value in sparsity.items()]

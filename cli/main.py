@@ -61,7 +61,7 @@ for name, module, function, line in (
     ("env", env, env.env, "Show versions, device, threads and caches, for a bug report."),
     ("demo", demo, demo.demo, "All of it on a small model that ships with modmoe: begin here."),
 ):
-    app.command(name, short_help=line, epilog=module.EPILOG)(function)
+    app.command(name, cls=flags.Command, short_help=line, epilog=module.EPILOG)(function)
 app.add_typer(recipes.app, name="recipes")
 
 # Typer may carry its own copy of click, so the class is found through the one that typer names.

@@ -133,7 +133,7 @@ def main() -> None:
                 shutil.rmtree(folder / {"convert": "moe", "finetune": "tuned"}.get(name, "none"), ignore_errors=True)
                 photograph(browser, "".join(record(command, folder, wanted)), folder / f"terminal-{name}.html")
             for width in (1280, 400):
-                browser.set_view(width)
+                browser.set_view(width, scrollbars=False)
                 browser.open(folder / "modmoe-demo" / "report.html")
                 save(browser.screenshot(whole=True), IMAGES / f"report-{width}.png")
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modmoe.documents import FILES, check_links, open_tensors, read_index, read_object
+from modmoe.documents import FILES, check_links, local_directory, open_tensors, read_index, read_object
 from modmoe.errors import CheckpointError, RecipeError
 from modmoe.shards import DTYPES, Made, adder, chunks, is_finite, run_all, write_shards
 
@@ -31,13 +31,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
 
     Raises CheckpointError where there is neither such a directory nor such a repository.
     """
-    path = Path(source)
-    if path.is_dir():
+    path = local_directory(source)
+    if path is not None:
         return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
     from huggingface_hub import snapshot_download
 
     try:

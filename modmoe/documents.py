@@ -6,6 +6,7 @@ What a file says is checked before anything of that size is made; errors quote o
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from modmoe.errors import CheckpointError, reason_of
+from modmoe.errors import CalibrationError, CheckpointError, did_you_mean, reason_of
 
 MOST_JSON_BYTES = 64 << 20
 """Of a configuration or an index; that of a model with 200,000 tensors takes a quarter of it."""
@@ -27,6 +28,36 @@ MOST_YAML_NODES = 20_000
 MOST_YAML_DEPTH = 30
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
 """What of a checkpoint is fetched."""
+TEXT_EXTENSIONS = (".jsonl", ".json", ".parquet", ".txt")
+"""Of files with a task's text."""
+
+
+def local_directory(source: str | Path) -> Path | None:
+    """Return a checkpoint's local directory; None where ``source`` is a Hub id, which is not asked for.
+
+    Raises CheckpointError where it is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
+    return None
+
+
+def check_task_file(name: str, file: str) -> None:
+    """Raise CalibrationError where a task's text is no file, or one of no kind that is read; the Hub is not asked."""
+    if file.startswith("hub:"):
+        return
+    place, path, kinds = f"tasks.{name}: {file}", Path(file), TEXT_EXTENSIONS
+    if path.suffix not in kinds:
+        hint = did_you_mean(path.suffix, kinds) if path.suffix else f" Known: {', '.join(kinds)}."
+        raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "no such file"
+        raise CalibrationError(f"{place}: {what}; name a file ({', '.join(kinds)}) or hub:ID.")
 
 
 def read_text(path: Path, most_bytes: int) -> str:

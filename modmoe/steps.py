@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def analyze(
     """
     resolved = resolve_recipe("analyze", source, recipe, keywords)
     _need_source_and_tasks("analyze", resolved)
+    check_there([resolved.source], resolved.tasks)
     from modmoe.analyze.run import analyze as run
 
     return run(
@@ -154,6 +156,11 @@ def _convert(
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.method != "adapters":
             raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
+    reads_text = resolved.method not in ("upcycle", "adapters")
+    _need_source_and_tasks("convert", resolved, reads_text=reads_text)
+    if fit_bytes is not None and resolved.method not in ("experts", "upcycle", "prune"):
+        _check_sizes(resolved.method, keywords)
+    check_there([resolved.source], resolved.tasks if reads_text and not options["dry_run"] else {})
     if resolved.method == "experts":
         from modmoe.convert.expert_run import expert_places, reduce_experts
         from modmoe.export.experts_card import write_experts_card
@@ -161,27 +168,20 @@ def _convert(
 
         places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
         resolved = resolve_recipe("convert", source, recipe, places)
-        _need_source_and_tasks("convert", resolved)
         out = _output("convert", output)
         return resolved, reduce_experts(resolved, out, prove=verify, write_card=write_experts_card, **options)
     if resolved.method == "upcycle":
         from modmoe.export.upcycled import upcycle_checked
 
-        _need_source_and_tasks("convert", resolved, reads_text=False)
         given = {**keywords, "fit_bytes": fit_bytes, "report": report}
         return resolved, upcycle_checked(resolved, _output("convert", output), given, **options)
     if resolved.method == "adapters":
-        return resolved, _attach(resolved, output, keywords, fit_bytes, **options)
-    _need_source_and_tasks("convert", resolved)
+        return resolved, _attach(resolved, output, keywords, **options)
     if resolved.method == "prune":
         from modmoe.convert.prune import check_flags
 
         check_flags({**keywords, "fit_bytes": fit_bytes, "report": report})
     if fit_bytes is not None:
-        if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
-            raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
-        if resolved.method != "modular":
-            raise RecipeError(f"--fit-bytes: {resolved.method} keeps every module; leave it out.")
         from modmoe.accounting import modules_that_fit
 
         modules = modules_that_fit(resolved, fit_bytes, revision=options["revision"])
@@ -191,17 +191,18 @@ def _convert(
     return resolved, run(resolved, _output("convert", output), report=report, **options)
 
 
-def _attach(
-    recipe: Recipe,
-    output: str | Path | None,
-    keywords: Mapping[str, Any],
-    fit_bytes: int | None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
-    _need_source_and_tasks("convert", recipe, reads_text=False)
-    if fit_bytes is not None:
+def _check_sizes(method: str, keywords: Mapping[str, Any]) -> None:
+    """Refuse ``fit_bytes`` where it says nothing, or something else does."""
+    if method == "adapters":
         raise RecipeError("--fit-bytes: adapters are sized by --budget, a number of parameters.")
+    if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
+        raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
+    if method != "modular":
+        raise RecipeError(f"--fit-bytes: {method} keeps every module; leave it out.")
+
+
+def _attach(recipe: Recipe, output: str | Path | None, keywords: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
     counts = {name: keywords[name] for name in ("num_experts", "top_k") if keywords.get(name) is not None}
     recipe = resolve_recipe("convert", recipe, None, {"adapter_settings": {**recipe.adapter.settings, **counts}})
     from modmoe.convert.adapters import attach_adapters
@@ -235,6 +236,8 @@ def finetune(
             raise RecipeError(f"--{flag}: belongs to --train adapters; leave it out or train them.")
     _need_source_and_tasks("finetune", resolved)
     assert resolved.source is not None
+    teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
+    check_there([resolved.source, teacher], *(() if dry_run else (resolved.tasks, eval_tasks or {})))
     if dry_run:
         from modmoe.estimate import plan_finetune
 
@@ -330,6 +333,7 @@ def evaluate(
     """
     if bool(tasks) == bool(harness):
         raise RecipeError("eval: give tasks with their text, or harness with names of lm-eval's tasks, one of the two.")
+    check_there([source, baseline], tasks or {})
     options: dict[str, Any] = {
         "baseline": baseline,
         "batch_size": batch_size,
@@ -363,6 +367,20 @@ def _local(source: str | Path, revision: str | None) -> str:
     from modmoe.checkpoint import resolve_source
 
     return str(resolve_source(source, revision))
+
+
+def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str]) -> None:
+    """Refuse a directory or a file that is not there, before torch and all that it brings is loaded."""
+    # one of several processes does not speak: what it lacks, it tells the others once it has joined them
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    from modmoe.documents import check_task_file, local_directory
+
+    for source in sources:
+        if source is not None:
+            local_directory(source)
+    for name, file in (item for texts in tasks for item in texts.items()):
+        check_task_file(name, file)
 
 
 def _need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:

@@ -75,8 +75,14 @@ class Browser:
         while not any(message.get("method") == "Page.loadEventFired" for message in self._seen):
             self._receive()
 
-    def set_view(self, width: int, height: int = 900, *, media: str = "", scheme: str = "light") -> None:
-        """Show the page so wide, for the ``media`` print or screen, to one who asked for light or dark."""
+    def set_view(
+        self, width: int, height: int = 900, *, media: str = "", scheme: str = "light", scrollbars: bool = True
+    ) -> None:
+        """Show the page so wide, for the ``media`` print or screen, to one who asked for light or dark.
+
+        A scrollbar takes 15 of the columns where the page is longer than the view.
+        """
+        self._ask("Emulation.setScrollbarsHidden", hidden=not scrollbars)
         self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._ask("Emulation.setEmulatedMedia", media=media, features=features)

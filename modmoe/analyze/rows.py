@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from modmoe.errors import CalibrationError, did_you_mean, reason_of
+from modmoe.documents import check_task_file
+from modmoe.errors import CalibrationError, reason_of
 
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 """The columns a row may have; where a file has several forms, the first of these counts."""
 
-EXTENSIONS = (".jsonl", ".json", ".parquet", ".txt")
 _PASSAGE_CHARACTERS = 2000
 _SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
 _MOST_LINE_BYTES = 32 << 20
@@ -32,6 +32,7 @@ def read_rows(name: str, file: str, limit: int | None = None) -> list[dict[str, 
     Raises CalibrationError.
     """
     place = f"tasks.{name}: {file}"
+    check_task_file(name, file)
     raw = _read_hub(place, file, limit) if file.startswith("hub:") else _read_file(place, Path(file), limit)
     numbered = [(number, row) for number, row in islice(raw, limit)]
     if not numbered:
@@ -96,12 +97,6 @@ Rows = Iterable[tuple[int, dict[str, Any]]]
 
 
 def _read_file(place: str, path: Path, limit: int | None) -> Rows:
-    if path.suffix not in EXTENSIONS:
-        hint = did_you_mean(path.suffix, EXTENSIONS) if path.suffix else f" Known: {', '.join(EXTENSIONS)}."
-        raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "no such file"
-        raise CalibrationError(f"{place}: {what}; name a file ({', '.join(EXTENSIONS)}) or hub:ID.")
     if path.suffix == ".parquet":
         return _read_parquet(place, path)
     try:

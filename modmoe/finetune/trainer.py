@@ -254,7 +254,12 @@ class Report(TrainerCallback):
         self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report a step."""
+        """Report a step; the last one ends the stage, and waits until its losses are said."""
+        if state.global_step < state.max_steps:
+            self.progress("training, steps", state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the last step."""
         self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

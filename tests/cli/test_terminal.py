@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
+from modmoe import steps
 from modmoe.cli.console import Console, show
 from modmoe.cli.inspect import draw_tree
+from modmoe.cli.main import run
 
 MODELS = {
     name: {
@@ -97,6 +101,83 @@ def test_without_colours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3\d", terminal.getvalue())
     if name == "TERM":
         assert "\x1b" not in terminal.getvalue()
+
+
+DENSE = {
+    "model_type": "llama",
+    "method": None,
+    "num_layers": 5,
+    **dict.fromkeys(("num_modules", "num_experts", "modules_per_expert", "top_k"), 0),
+    "routing": None,
+    "experts": [],
+    "parameters": dict.fromkeys(("dense", "stored", "active", "active_max", "materialised"), 2_361_408),
+    "bytes_on_disk": 4_727_864,
+    "tensor_bytes": 4_722_816,
+    "sparsity": {"ffn": 0.0, "total": 0.0},
+}
+PRUNED = {
+    **DENSE,
+    "method": "prune",
+    "parameters": {**dict.fromkeys(("stored", "active", "active_max", "materialised"), 1_624_128), "dense": 2_361_408},
+    "sparsity": {"ffn": 0.5, "total": 0.3122},
+}
+
+
+@pytest.mark.parametrize(
+    ("result", "tree", "rows"),
+    [
+        (
+            DENSE,
+            ["llama, dense, 5 layers", "2,361,408 parameters, 4.73 MB on disk"],
+            ["model_type", "kind", "num_layers", "parameters", "bytes_on_disk", "tensor_bytes"],
+        ),
+        (
+            PRUNED,
+            [
+                "llama, prune, dense, 5 layers",
+                "parameters, 4.73 MB on disk",
+                "dense",
+                "stored",
+                "sparsity",
+                "ffn",
+                "total",
+            ],
+            [
+                "model_type",
+                "kind",
+                "method",
+                "num_layers",
+                "parameters.dense",
+                "parameters.stored",
+                "bytes_on_disk",
+                "tensor_bytes",
+                "sparsity.ffn",
+                "sparsity.total",
+            ],
+        ),
+    ],
+    ids=["dense", "pruned"],
+)
+def test_a_dense_model_is_said_to_be_dense(
+    result: dict[str, Any],
+    tree: list[str],
+    rows: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(steps, "inspect", lambda _: result)
+    assert run(["inspect", "it", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert run(["inspect", "it"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "it"
+    assert [line.split()[0] for line in lines] == rows
+    assert lines[1].split() == ["kind", "dense"]
+    terminal = open_terminal(monkeypatch)
+    assert run(["inspect", "it"]) == 0
+    lines = [line.strip(" │├└─") for line in terminal.words().splitlines()]
+    assert lines[0] == "it"
+    assert [line[: len(words)] for line, words in zip(lines[1:], tree, strict=True)] == tree
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])

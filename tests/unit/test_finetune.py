@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.checkpoint import Checkpoint, read_config
 from modmoe.errors import CalibrationError, RecipeError
+from modmoe.finetune import trainer
 from modmoe.finetune.train import default_learning_rate, finetune
 from modmoe.finetune.trainer import DivergedError, ModularTrainer
 from modmoe.loading import load
@@ -71,8 +72,12 @@ def changed(before: Path, after: Path) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+def test_a_whole_checkpoint_of_the_same_form_is_written(
+    room: Path, tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[tuple[Any, ...]] = []
+    log = SimpleNamespace(info=lambda text, *values: said.append((text % values,)))
+    monkeypatch.setattr(trainer, "LOG", log)
     result = run(
         room,
         tmp_path / "out",
@@ -89,15 +94,18 @@ def test_a_whole_checkpoint_of_the_same_form_is_written(room: Path, tmp_path: Pa
     assert result["parameters"]["trainable"] == result["parameters"]["total"]
     assert result["loss"]["last"] < result["loss"]["first"]
     assert all(numbers["after"] < numbers["before"] for numbers in result["tasks"].values())
-    assert ("training, steps", 12, 12) in said
+    steps = [words for words in said if words[0].startswith(("training, steps", "step "))]
+    # the stage ends behind the line of its last step, and only once
+    assert steps[-2][0].startswith("step 12/12: loss") and steps[-1] == ("training, steps", 12, 12)
+    assert [words[1] for words in steps if len(words) == 3] == list(range(13))
     assert "lm_head.weight" not in tensors(out)  # tied to the embedding, and written once
     assert any(name.endswith("gate_proj.weight") for name in changed(room / "token", out))
     assert read_config(out) == read_config(room / "token")
     assert {"modeling_modmoe.py", "modular_ffn.py", "tokenizer.json", "modmoe.yaml"} <= {p.name for p in out.iterdir()}
     assert load_recipe(out / "modmoe.yaml").finetune.max_steps == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    log = json.loads((out / "modmoe_training.json").read_text())["log"]
-    assert {"loss", "loss/text", "loss/distillation", "loss/balance", "router/entropy"} <= log[0].keys()
+    logged = json.loads((out / "modmoe_training.json").read_text())["log"]
+    assert {"loss", "loss/text", "loss/distillation", "loss/balance", "router/entropy"} <= logged[0].keys()
     load(out)
 
 

@@ -203,12 +203,22 @@ def test_a_tracker_that_is_not_there_is_told_before_anything_is_done(
     found: ModuleSpec | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: found)
-    line = ["finetune", str(tmp_path / "none"), str(tmp_path / "out"), "--task", "a=b.txt", "--report-to", "trackio"]
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "b.txt").write_text("one")
+    line = [
+        "finetune",
+        f"{tmp_path}/dense",
+        f"{tmp_path}/out",
+        "--task",
+        f"a={tmp_path}/b.txt",
+        "--report-to",
+        "trackio",
+    ]
     assert command(line) == 2
     said = capsys.readouterr().err
-    assert "finetune.report_to: trackio is not installed; run `pip install trackio`" in said
+    assert "finetune.report_to (--report-to): trackio is not installed; run `pip install trackio`" in said
     assert len(said.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "dense"]
 
 
 def test_an_unknown_tracker_is_refused() -> None:
