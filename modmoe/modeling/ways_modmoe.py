@@ -1,7 +1,8 @@
 """The fast ways of the tied FFN: only modules that are on are read, each once, and as they are stored.
 
     runs     Modules that lie together are one slice of each matrix, so an expert of few runs costs few products and no
-             copy. One choice for all tokens: its runs. Few tokens that choose apart: the runs of all modules in use,
+             copy. (Of one token with many short runs ``down`` is read whole, which is faster than in such pieces.) One
+             choice for all tokens: its runs. Few tokens that choose apart: the runs of all modules in use,
              the hidden values of a token's other modules made 0, since reading weights is what costs. Many tokens:
              they are sorted by what they chose; modules that all chose are computed for all, then each choice's others
              for its rows, a slice. Where a choice has too few rows for that, every set of modules with the same
@@ -35,6 +36,10 @@ FEW_TOKENS = 32
 """Up to here reading weights costs more than computing with them, and tokens need not be sorted."""
 LEFT_ROWS = 128
 """Up to here weights are the left operand, ``W x^T``: mostly faster in bfloat16, up to 1.8 times; level above."""
+MANY_RUNS = 8
+"""With fewer, ``down`` of one token is always read in slices."""
+BYTES_OF_A_RUN = 1024
+"""What one more slice of each row of ``down`` costs, in bytes that are read where one is: 0.1 microseconds a row."""
 ROWS_APART = 16
 """With fewer rows a choice reading weights once outweighs bringing rows together."""
 MOST_CHOICES = 32
@@ -117,6 +122,7 @@ def by_runs(
 
     They are added to ``y_ND`` in place where it is given. Up to LEFT_ROWS rows weights are the left operand and hidden
     values lie neurons first; a single row is a vector, but for ``down``, whose slices ``mv`` is slow at in bfloat16.
+    Where those would be many and short, hidden values of skipped neurons are 0 and ``down`` is one product.
     """
     size, is_gated, activate, rows = ffn.module_size, ffn.gated, ffn.act_fn, x_ND.shape[0]
     up, down_DF = ffn.up_proj, ffn.down_proj.weight
@@ -127,6 +133,9 @@ def by_runs(
     is_one, is_many = rows == 1, rows > LEFT_ROWS
     is_left = not is_one and not is_many
     x = x_ND if is_many else x_ND[0] if is_one else x_ND.T
+    skipped = down_DF.shape[1] - size * sum(last - first for first, last in runs)
+    is_whole = is_one and len(runs) >= MANY_RUNS and skipped * down_DF.itemsize < BYTES_OF_A_RUN * len(runs)
+    parts, done = [], 0
 
     def project(weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
         found = F.linear(x, weight_OD) if is_many else torch.mv(weight_OD, x) if is_one else torch.mm(weight_OD, x).T
@@ -144,6 +153,10 @@ def by_runs(
             hidden_NF = hidden_NF.unsqueeze(0)
         if scale_NS is not None:
             hidden_NF = hidden_NF * scale_NS[:, first:last].repeat_interleave(size, 1)
+        if is_whole:
+            parts += [hidden_NF.new_zeros(begin - done), hidden_NF[0]]
+            done = end
+            continue
         part_DF = down_DF[:, begin:end]
         if y_ND is None:
             y_ND = torch.mm(part_DF, hidden_NF.T).T if is_left else torch.mm(hidden_NF, part_DF.T)
@@ -151,6 +164,9 @@ def by_runs(
             y_ND.T.addmm_(part_DF, hidden_NF.T)
         else:
             y_ND.addmm_(hidden_NF, part_DF.T)
+    if is_whole:
+        y_D = torch.mv(down_DF, torch.cat([*parts, x_ND.new_zeros(down_DF.shape[1] - done)]))
+        y_ND = y_D.unsqueeze(0) if y_ND is None else y_ND.add_(y_D)
     # rows in memory again: reductions behind this round otherwise where values lie otherwise
     return torch.zeros_like(x_ND) if y_ND is None else y_ND.contiguous()
 

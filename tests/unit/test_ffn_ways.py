@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modmoe.modeling import modular_ffn, ways_modmoe
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import RoutingState
-from modmoe.modeling.ways_modmoe import FEW_TOKENS, LEFT_ROWS, Layout, gather_token
+from modmoe.modeling.ways_modmoe import FEW_TOKENS, LEFT_ROWS, MANY_RUNS, Layout, by_runs, gather_token
 from tests.reference import modules_of, tied_ffn
 
 WIDTH, STORED, SIZE, EXPERTS, EACH = 10, 7, 3, 5, 4
@@ -175,6 +176,30 @@ def test_each_module_that_is_on_is_read_once_and_no_other(tokens: int, top_k: in
     assert set(watch.read) == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
     for name, neurons in watch.read.items():
         assert sorted(neurons) == wanted, name
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("count", "products"), [(MANY_RUNS - 1, MANY_RUNS - 1), (MANY_RUNS, 1)])
+def test_one_token_with_many_short_runs_reads_down_whole(gated: bool, first: int, count: int, products: int) -> None:
+    stored = 2 * MANY_RUNS + 1
+    ffn = make_ffn(stored_modules=[stored], ffn_gated=gated, ffn_biases=["up"])
+    x_1D, given_1D = inputs(ffn, 1).requires_grad_(), torch.ones(1, WIDTH, dtype=torch.float64)
+    runs = [(module, module + 1) for module in range(first, first + 2 * count, 2)]
+    scale_1S = torch.linspace(0.5, 2, stored, dtype=torch.float64)[None]
+    on_F = torch.zeros(stored)
+    on_F[[begin for begin, _ in runs]] = 1
+    wanted = given_1D + F.linear(ffn._hidden(x_1D) * (scale_1S * on_F).repeat_interleave(SIZE, 1), ffn.down_proj.weight)
+    with Watch(ffn) as watch:
+        by_runs(ffn, x_1D.detach(), runs, scale_1S)
+    made = ("mm", "mv", "addmm_", "addmm")
+    assert sum(name in made for name in watch.calls) == (1 + gated) * count + products
+    torch.testing.assert_close(by_runs(ffn, x_1D, runs, scale_1S, given_1D.clone()), wanted, rtol=1e-12, atol=1e-12)
+    weights = [x_1D, *(weight for name, weight in ffn.named_parameters() if "proj" in name)]
+    found_grads, wanted_grads = (
+        torch.autograd.grad(y.square().sum(), weights) for y in (given_1D + by_runs(ffn, x_1D, runs, scale_1S), wanted)
+    )
+    torch.testing.assert_close(found_grads, wanted_grads, rtol=1e-9, atol=1e-10)
 
 
 @torch.no_grad()
