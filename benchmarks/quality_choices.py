@@ -105,13 +105,13 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         TUNED,
         {
             f"{what}, rate {rate}": {"finetune.train": what, "rate": rate}
-            for what, rates in {"full": (1, 3), "lora": (3, 9, 27), "router": (3, 9, 27)}.items()
+            for what, rates in {"full": (1, 3), "lora": (1, 3, 9, 27), "router": (1, 3, 9, 27)}.items()
             for rate in rates
         },
     ),
     "training: share of distillation": (
         TUNED,
-        {str(share): {"finetune.distill_weight": share, "rate": 3} for share in (0.0, 0.5, 0.9)},
+        {str(share): {"finetune.distill_weight": share, "rate": 3} for share in (0.0, 0.25, 0.5, 0.9)},
     ),
     "training: temperature": (
         TUNED,
