@@ -254,20 +254,22 @@ class Report(TrainerCallback):
         self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report a step; the last one ends the stage, and waits until its losses are said."""
-        if state.global_step < state.max_steps:
+        """Report a step; the last one ends the stage, and waits until its losses are said, if they are."""
+        if state.global_step < state.max_steps or not control.should_log:
             self.progress("training, steps", state.global_step, state.max_steps)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the last step."""
-        self.progress("training, steps", state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Say the losses and the speed since the last time in one line."""
-        if not logs or "loss" not in logs or not state.is_world_process_zero or self._since is None:
+        if not logs or "loss" not in logs:
             return
+        if state.is_world_process_zero and self._since is not None:
+            self._say(state, logs, self._since)
+        if state.global_step == state.max_steps:
+            self.progress("training, steps", state.global_step, state.max_steps)
+
+    def _say(self, state: Any, logs: dict[str, float], since: tuple[float, int]) -> None:
         now_s, seen = time.monotonic(), state.num_input_tokens_seen
-        speed = (seen - self._since[1]) / max(now_s - self._since[0], 1e-9)
+        speed = (seen - since[1]) / max(now_s - since[0], 1e-9)
         self._since = (now_s, seen)
         names = {"loss/text": "text", "loss/distillation": "distill", "loss/balance": "balance"}
         names["loss/routers"] = "routers"
