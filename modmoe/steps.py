@@ -160,7 +160,8 @@ def _convert(
     _need_source_and_tasks("convert", resolved, reads_text=reads_text)
     if fit_bytes is not None and resolved.method not in ("experts", "upcycle", "prune"):
         _check_sizes(resolved.method, keywords)
-    check_there([resolved.source], resolved.tasks if reads_text and not options["dry_run"] else {})
+    if resolved.method != "upcycle":  # which has flags to refuse first, with its code
+        check_there([resolved.source], resolved.tasks if reads_text and not options["dry_run"] else {})
     if resolved.method == "experts":
         from modmoe.convert.expert_run import expert_places, reduce_experts
         from modmoe.export.experts_card import write_experts_card
@@ -333,7 +334,10 @@ def evaluate(
     """
     if bool(tasks) == bool(harness):
         raise RecipeError("eval: give tasks with their text, or harness with names of lm-eval's tasks, one of the two.")
-    check_there([source, baseline], tasks or {})
+    if tasks and (harness_path is not None or limit is not None):
+        raise RecipeError("eval: harness_path and limit go with harness; leave them out or name tasks of lm-eval.")
+    if tasks:
+        check_there([source, baseline], tasks)
     options: dict[str, Any] = {
         "baseline": baseline,
         "batch_size": batch_size,
@@ -347,8 +351,6 @@ def evaluate(
 
         path = None if harness_path is None else str(harness_path)
         return evaluate_harness(_local(source, revision), harness, path=path, limit=limit, seed=seed, **options)
-    if harness_path is not None or limit is not None:
-        raise RecipeError("eval: harness_path and limit go with harness; leave them out or name tasks of lm-eval.")
     from modmoe.finetune.evaluate import evaluate as run
 
     return run(
