@@ -36,9 +36,8 @@ class ModmoeError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        """Take the message, and put a space for what cannot be printed."""
-        line = "".join(character if character.isprintable() else " " for character in hide_secrets(str(message)))
-        line = line.strip()
+        """Take the message, on one line; what cannot be printed is shown by its number."""
+        line = visible(" ".join(hide_secrets(str(message)).split()))
         if len(line) > MOST_CHARACTERS:
             half = MOST_CHARACTERS // 2 - 5
             line = f"{line[:half]} [...] {line[-half:]}"
@@ -113,6 +112,20 @@ def disk_error(error: BaseException, place: str | Path) -> RecipeError | None:
     return RecipeError(f"{named}: {os.strerror(code)}; {remedy}.")
 
 
+def visible(text: str) -> str:
+    r"""Return a text on one line in which what cannot be printed, or would steer a terminal, is shown as in ``\x1b``.
+
+    Names and values of a stranger's file may hold such characters: escape sequences, and marks that turn a line around.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() and character > "\x9f" else ascii(character)[1:-1]
+
+
 def hide_secrets(text: str) -> str:
     """Return a text without the Hub's token of the environment, what looks like one, or a password in an address."""
     for name in _TOKENS:
@@ -127,6 +140,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust broke down; such an error is no Exception, and passes most handlers."""
+    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:
