@@ -23,6 +23,7 @@ from typing import Any
 from modmoe.checkpoint import Checkpoint, resolve_source
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.families import Family, family_of, layers_of, neurons_of
+from modmoe.ffn import check_ffns
 from modmoe.recipe import Recipe
 
 MOST_SUBSETS = 20_000
@@ -306,6 +307,7 @@ def modules_that_fit(recipe: Recipe, budget_bytes: int, *, revision: str | None 
     if neurons % num_modules:
         raise PartitionError(f"partition.num_modules: {num_modules} does not divide the {neurons} neurons of an FFN.")
     num_experts = recipe.assignment.num_experts or max(1, len(recipe.tasks))
+    check_ffns(checkpoint, family, layers, neurons)
     ffn_bytes = tensor_bytes(checkpoint, dense_neurons(checkpoint, family, layers))
     module_bytes = ffn_bytes // num_modules
     fixed_bytes = tensor_bytes(checkpoint) - ffn_bytes
@@ -340,7 +342,10 @@ def dense_neurons(checkpoint: Checkpoint, family: Family, layers: int) -> list[s
             if name in checkpoint:
                 names.append(name)
             elif path in needed:
-                raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; is `family:` right?")
+                raise CheckpointError(
+                    f"{checkpoint.directory}: '{name}' is missing, which is of an FFN as the row of family "
+                    f"'{family.model_type}' says; say under `family:` in a recipe where the FFNs lie."
+                )
     return names
 
 

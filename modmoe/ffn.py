@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from modmoe.checkpoint import Checkpoint
+from modmoe.errors import CheckpointError
 from modmoe.families import Family
 
 
@@ -74,3 +78,62 @@ class LazyFFNs(Sequence[FFNWeights]):
         if not 0 <= layer < self.num_layers:
             raise IndexError(layer)
         return read_ffn(self.tensors, self.family, layer)
+
+
+def check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons: int) -> None:
+    """Raise CheckpointError unless each layer has its FFN where the family's row says, in the shapes it says.
+
+    The line names what was expected, what lies there instead, and the field of ``family:`` that says so.
+    """
+    for layer in range(num_layers):
+        for role, path in (("gate", family.gate), ("up", family.up), ("down", family.down)):
+            if path is not None:
+                _check_matrix(checkpoint, family, layer, role, path, neurons)
+
+
+def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: str, path: str, neurons: int) -> None:
+    name = f"{family.layers}.{layer}.{path}.weight"
+    if name not in checkpoint:
+        row = f"where the row of family '{family.model_type}' has its {role} projection"
+        there = _what_is_there(checkpoint, family, layer, neurons)
+        raise CheckpointError(
+            f"{checkpoint.directory}: '{name}' is missing, {row}; {there}; "
+            "say under `family:` in a recipe where the FFNs lie (layers, gate, up, down, transposed)."
+        )
+    shape = checkpoint.shape(name)
+    rows = neurons * (2 if family.fused and role != "down" else 1)
+    # of [out, in], neurons are the outputs of gate and up, and the inputs of down
+    axis = int((role == "down") != family.transposed)
+    if len(shape) == 2 and shape[axis] == rows:
+        return
+    if len(shape) == 2 and shape[1 - axis] == rows:
+        order, flag = ("[out, in]", "false") if family.transposed else ("[in, out]", "true")
+        raise CheckpointError(
+            f"{checkpoint.directory}: '{name}' has shape {list(shape)}, which is stored {order} and not as the row of "
+            f"family '{family.model_type}' says; set transposed: {flag} under `family:` in a recipe."
+        )
+    what = f"{shape[axis]} {'columns' if axis else 'rows'}" if len(shape) == 2 else f"shape {list(shape)}"
+    half = ", gate and up in one," if rows != neurons else ""
+    raise CheckpointError(
+        f"{checkpoint.directory}: '{name}' has {what}{half} where config.json says {neurons} neurons; restore "
+        "config.json, or say under `family:` in a recipe where the FFNs lie."
+    )
+
+
+def _what_is_there(checkpoint: Checkpoint, family: Family, layer: int, neurons: int) -> str:
+    """Return which matrices a layer has that could be an FFN's, or where the layers lie."""
+    prefix = f"{family.layers}.{layer}."
+    found = [name for name in checkpoint if name.startswith(prefix) and len(checkpoint.shape(name)) == 2]
+    wide = [name for name in found if {neurons, 2 * neurons} & set(checkpoint.shape(name))] or found
+    shown = [f"'{name.removeprefix(prefix)[:60]}' {list(checkpoint.shape(name))}" for name in wide[:4]]
+    if shown:
+        return f"layer {layer} has {', '.join(shown)}"
+    lists = Counter(match[1] for match in map(_LAYER.match, checkpoint) if match is not None)
+    if any(name.startswith(prefix) for name in checkpoint) or not lists:
+        return f"layer {layer} has no matrix"
+    if family.layers in lists:
+        return f"there is no layer {layer}"
+    return f"layers lie in '{lists.most_common(1)[0][0][:60]}'"
+
+
+_LAYER = re.compile(r"(.*?[^\d.])\.\d+\.")

@@ -194,7 +194,10 @@ class Plan:
         shapes = {name: source.shape(name) for name in source}
         used = {name for op in self.ops.values() for name in op.inputs}
         for name in sorted(used - shapes.keys()):
-            raise PlanError(f"{source.directory}: '{name}' is not in the checkpoint; does its family's row fit it?")
+            raise PlanError(
+                f"{source.directory}: '{name}' is not in the checkpoint, and the plan reads it; say under `family:` in "
+                "a recipe where the FFNs lie."
+            )
         for name in sorted(self.dropped - shapes.keys()):
             raise PlanError(f"{source.directory}: '{name}' is to be left out but is not in the checkpoint.")
         for name in sorted(shapes.keys() - used - self.dropped):
