@@ -6,16 +6,19 @@ What a file says is checked before anything of that size is made; errors quote o
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from modmoe.errors import CalibrationError, CheckpointError, did_you_mean, reason_of
+from modmoe.errors import CalibrationError, CheckpointError, did_you_mean, is_panic, reason_of
 
 MOST_JSON_BYTES = 64 << 20
 """Of a configuration or an index; that of a model with 200,000 tensors takes a quarter of it."""
@@ -26,10 +29,24 @@ MOST_YAML_BYTES = 100_000
 MOST_YAML_NODES = 20_000
 """Values and keys, each alias counted as what it stands for."""
 MOST_YAML_DEPTH = 30
+MOST_ENTRIES = 20_000
+"""Files and folders of a checkpoint's directory."""
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
 """What of a checkpoint is fetched."""
 TEXT_EXTENSIONS = (".jsonl", ".json", ".parquet", ".txt")
 """Of files with a task's text."""
+_MOST_BYTES = {"*.jinja": 1 << 20, "README.md": 16 << 20, "*.py": 16 << 20}
+"""Of files of a checkpoint that are read whole."""
+_PLAIN = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py", "README.md")
+"""What is read by its name, which a folder may not have."""
+_TEMPLATES = "additional_chat_templates"
+"""The one folder of a checkpoint that transformers reads."""
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO, which is waited for without end",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def local_directory(source: str | Path) -> Path | None:
@@ -39,6 +56,7 @@ def local_directory(source: str | Path) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
+        check_files(path)
         return path
     if path.exists():
         raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
@@ -56,17 +74,45 @@ def check_task_file(name: str, file: str) -> None:
         hint = did_you_mean(path.suffix, kinds) if path.suffix else f" Known: {', '.join(kinds)}."
         raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "no such file"
+        kind = special_kind(path)
+        what = f"is {kind}" if kind else "is a directory" if path.is_dir() else "no such file"
         raise CalibrationError(f"{place}: {what}; name a file ({', '.join(kinds)}) or hub:ID.")
 
 
+def special_kind(path: Path) -> str:
+    """Return what a path is that is neither a file nor a directory, after "is"; nothing where it is one or absent."""
+    try:
+        return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode), "")
+    except (OSError, ValueError):
+        return ""
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; ValueError where it is none, OSError where it cannot be opened.
+
+    A FIFO would be waited for, and a device has no end.
+    """
+    special = special_kind(path)  # before it is opened, which of some devices does something
+    if special:
+        raise ValueError(f"it is {special}")
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise ValueError("it is no plain file")
+    return file
+
+
 def read_text(path: Path, most_bytes: int) -> str:
-    """Return a UTF-8 file's text; ValueError where it is larger or no UTF-8, OSError where it cannot be read."""
-    size_bytes = path.stat().st_size
-    if size_bytes > most_bytes:
-        raise ValueError(f"it has {size_bytes:,} bytes, over {most_bytes:,}")
-    with path.open("rb") as file:
-        data = file.read(most_bytes + 1)  # what is no plain file has no size
+    """Return a UTF-8 file's text.
+
+    Raises ValueError where it is larger, no UTF-8 or no plain file, OSError where it cannot be read.
+    """
+    with open_plain(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > most_bytes:
+            raise ValueError(f"it has {size_bytes:,} bytes, over {most_bytes:,}")
+        data = file.read(most_bytes + 1)  # it may grow meanwhile
     if len(data) > most_bytes:
         raise ValueError(f"it has over {most_bytes:,} bytes")
     return data.decode("utf-8")
@@ -104,7 +150,7 @@ def open_tensors(path: Path, again: str = "fetch it again") -> Any:
     tensor twice or has more than MOST_HEADER_BYTES, or where the file is too large for this machine to map.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MOST_HEADER_BYTES:
                 raise ValueError(f"its header would have {size:,} bytes")
@@ -117,6 +163,10 @@ def open_tensors(path: Path, again: str = "fetch it again") -> Any:
     except RuntimeError as error:
         # a file much larger than memory, which the system does not map as one
         raise CheckpointError(f"{path}: {reason_of(error)}; have it saved in shards of 5 GB.") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise CheckpointError(f"{path}: safetensors broke down ({reason_of(error)}); {again}.") from error
     return opened
 
 
@@ -129,12 +179,58 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_links(directory: Path, patterns: Iterable[str] = (*FILES, "tokenizer*")) -> None:
+def check_files(directory: Path) -> None:
+    """Raise CheckpointError where a checkpoint's directory holds what no program should open, or far too much.
+
+    That is a FIFO, a socket or a device, by itself or behind a link, a folder of the name of a file, or a template of
+    more than a million bytes. Libraries open files by their names and look at none of this.
+    """
+    try:
+        folders = [directory, directory / _TEMPLATES]
+        for folder in folders if folders[1].is_dir() else folders[:1]:
+            with os.scandir(folder) as entries:
+                for number, entry in enumerate(entries):
+                    if number >= MOST_ENTRIES:
+                        raise CheckpointError(
+                            f"{folder}: holds over {MOST_ENTRIES:,} files; name the directory of a checkpoint."
+                        )
+                    _check_entry(Path(entry.path), entry)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({reason_of(error)}).") from error
+
+
+def _check_entry(path: Path, entry: os.DirEntry[str]) -> None:
+    limit = next((most for name, most in _MOST_BYTES.items() if fnmatch(entry.name, name)), None)
+    if entry.is_file(follow_symlinks=False) and limit is None:
+        return  # the system tells so much without a look at the file itself
+    try:
+        facts = entry.stat()
+    except OSError:
+        return  # a link that leads nowhere, which is checked where it would be read
+    special = _SPECIAL.get(stat.S_IFMT(facts.st_mode))
+    if special:
+        raise CheckpointError(f"{path}: is {special}; put a plain file there, or take it away.")
+    if stat.S_ISDIR(facts.st_mode) and any(fnmatch(entry.name, name) for name in _PLAIN):
+        raise CheckpointError(f"{path}: is a directory; put the file of that name there.")
+    if limit is not None and facts.st_size > limit:
+        raise CheckpointError(f"{path}: has {facts.st_size:,} bytes, over {limit:,}; take it away.")
+
+
+def check_tree(directory: Path) -> None:
+    """Raise CheckpointError as ``check_files`` does, for all folders below a directory too."""
+    for number, (folder, _, _) in enumerate(os.walk(directory)):
+        if number >= MOST_ENTRIES:
+            raise CheckpointError(f"{directory}: holds over {MOST_ENTRIES:,} folders; name a smaller one.")
+        check_files(Path(folder))
+
+
+def check_links(directory: Path, patterns: Iterable[str] = (*FILES, "tokenizer*", f"{_TEMPLATES}*/*.jinja")) -> None:
     """Raise CheckpointError where one of a checkpoint's files is a link that leads out of the directory.
 
     A checkpoint from a stranger would have files of this machine read, copied and published by such a link. The Hub's
     cache is as it is: its snapshots are links to the files in ``blobs`` two levels up.
     """
+    check_files(directory)
     try:
         real = directory.resolve(strict=True)
         allowed = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]

@@ -28,6 +28,7 @@ from modmoe.checkpoint import (
     local_base,
     read_adapter_config,
 )
+from modmoe.documents import check_files
 from modmoe.errors import CheckpointError
 from modmoe.families import layers_of
 
@@ -46,6 +47,7 @@ def inspect(directory: str) -> dict[str, Any]:
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{directory}: no such directory.")
+    check_files(path)
     if is_adapter(path):
         return _inspect_adapter(path)
     checkpoint = Checkpoint(path)

@@ -13,6 +13,7 @@ from modmoe.diagnosis.expected import check_expected
 from modmoe.diagnosis.files import check_leftovers, open_weights, read_json, read_manifest
 from modmoe.diagnosis.findings import Findings
 from modmoe.diagnosis.modular import check_modular
+from modmoe.documents import check_files
 from modmoe.errors import CheckpointError
 from modmoe.loading import is_tied_type
 
@@ -38,6 +39,7 @@ def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None
         old = path.with_name(path.name + ".replaced")
         more = f"an interrupted run left what was there as {old}" if old.is_dir() else "name one on this disk"
         raise CheckpointError(f"{directory}: no such directory; {more}.")
+    check_files(path)
     if not any((path / "config.json").is_file() or any(path.glob(end)) for end in ("adapter_*", "*.safetensors*")):
         raise CheckpointError(f"{directory}: no config.json and no safetensors; name the directory of a checkpoint.")
     findings = Findings()

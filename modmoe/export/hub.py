@@ -36,6 +36,7 @@ from modmoe.checkpoint import (
     is_adapter,
     tensor_sha256,
 )
+from modmoe.documents import check_files
 from modmoe.errors import CheckpointError, ExportError, hide_secrets
 from modmoe.export.parcel import CARD, Contents, contents, list_files, warnings_of
 
@@ -305,6 +306,7 @@ def _check_whole(path: Path) -> None:
     if not path.is_dir():
         raise ExportError(f"{path}: no such directory.")
     try:
+        check_files(path)
         if is_adapter(path):
             adapter_headers(path)
             return
