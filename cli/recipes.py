@@ -9,7 +9,9 @@ import typer
 
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.documents import MOST_YAML_BYTES
 from modmoe.errors import RecipeError, did_you_mean
+from modmoe.files import write_file
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -59,7 +61,7 @@ def show_recipe(
 def copy_recipe(
     name: Name,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a copy that nobody has edited.")] = False,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
@@ -69,12 +71,10 @@ def copy_recipe(
         text, path = read_recipe(name), Path(file)
         if path.is_dir():
             path = path / f"{_stem(name)}.yaml"
-        if path.exists() and not overwrite:
-            raise RecipeError(f"{path}: exists; name another file or pass --overwrite.")
         try:
-            path.write_text(text, encoding="utf-8")
+            write_file(path, text, overwrite=overwrite, is_ours=_is_shipped)
         except OSError as error:
-            raise RecipeError(f"{path}: {error.strerror}.") from error
+            raise RecipeError(f"{path}: {error.strerror}; name another file.") from error
         if as_json:
             console.finish({"name": _stem(name), "file": str(path)})
         else:
@@ -92,6 +92,13 @@ def read_recipe(name: str) -> str:
     if _stem(name) not in known:
         raise RecipeError(f"recipes: no recipe '{name}'.{did_you_mean(_stem(name), known)}")
     return (_folder() / f"{_stem(name)}.yaml").read_text(encoding="utf-8")
+
+
+def _is_shipped(path: Path) -> bool:
+    """Return whether a file is a copy of one of the recipes, which nobody has edited."""
+    with path.open("rb") as file:
+        data = file.read(MOST_YAML_BYTES + 1)
+    return any(read_recipe(name).encode() == data for name in recipe_names())
 
 
 def _folder() -> Traversable:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.keywords import KEYWORDS
+from modmoe.preflight import check_places, check_there, input_words, recipe_inputs
 
 if TYPE_CHECKING:
     from modmoe.recipe import Recipe
@@ -89,11 +89,13 @@ def analyze(
     resolved = resolve_recipe("analyze", source, recipe, keywords)
     _need_source_and_tasks("analyze", resolved)
     check_there([resolved.source], resolved.tasks)
+    out = _output("analyze", output)
+    check_places(out, overwrite=overwrite, report=report, inputs=recipe_inputs(resolved, source, recipe))
     from modmoe.analyze.run import analyze as run
 
     return run(
         resolved,
-        _output("analyze", output),
+        out,
         report=report,
         overwrite=overwrite,
         revision=revision,
@@ -162,6 +164,8 @@ def _convert(
         _check_sizes(resolved.method, keywords)
     if resolved.method != "upcycle":  # which has flags to refuse first, with its code
         check_there([resolved.source], resolved.tasks if reads_text and not options["dry_run"] else {})
+    inputs = recipe_inputs(resolved, source, recipe)
+    check_places(_output("convert", output), overwrite=options["overwrite"], report=report, inputs=inputs)
     if resolved.method == "experts":
         from modmoe.convert.expert_run import expert_places, reduce_experts
         from modmoe.export.experts_card import write_experts_card
@@ -239,6 +243,9 @@ def finetune(
     assert resolved.source is not None
     teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
     check_there([resolved.source, teacher], *(() if dry_run else (resolved.tasks, eval_tasks or {})))
+    out = _output("finetune", output)
+    inputs = recipe_inputs(resolved, source, recipe, eval_tasks)
+    check_places(out, overwrite=overwrite, trains=True, resume=resume or dry_run, inputs=inputs)
     if dry_run:
         from modmoe.estimate import plan_finetune
 
@@ -247,7 +254,7 @@ def finetune(
 
     return run(
         _local(resolved.source, revision),
-        _output("finetune", output),
+        out,
         resolved,
         eval_tasks=dict(eval_tasks or {}),
         resume=resume,
@@ -280,6 +287,7 @@ def export(
     ``client`` is the program that a native export is for: transformers, vllm, sglang or llama.cpp.
     ``approximate`` folds an adapter that depends on the token, its experts' weights held at their means over ``tasks``.
     """
+    check_places(str(output), overwrite=overwrite, inputs=input_words(source, tasks or {}))
     from modmoe.export.run import export as run
 
     return run(
@@ -369,20 +377,6 @@ def _local(source: str | Path, revision: str | None) -> str:
     from modmoe.checkpoint import resolve_source
 
     return str(resolve_source(source, revision))
-
-
-def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str]) -> None:
-    """Refuse a directory or a file that is not there, before torch and all that it brings is loaded."""
-    # one of several processes does not speak: what it lacks, it tells the others once it has joined them
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return
-    from modmoe.documents import check_task_file, local_directory
-
-    for source in sources:
-        if source is not None:
-            local_directory(source)
-    for name, file in (item for texts in tasks for item in texts.items()):
-        check_task_file(name, file)
 
 
 def _need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:

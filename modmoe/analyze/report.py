@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +16,8 @@ from modmoe.analyze import page, plots, routed
 from modmoe.analyze.profile import ActivationProfile
 from modmoe.analyze.routing import RoutingView
 from modmoe.analyze.run import Analysis, tokens_by_task
+from modmoe.files import is_page, sign_page, write_file
 from modmoe.recipe import Recipe, dump_recipe
-from modmoe.staging import sync
 
 _MOST_NEURONS = 96
 """Rows of the map of neurons; of larger modules every second, third, ... neuron is shown."""
@@ -52,6 +51,7 @@ def write_report(
     samples: Mapping[str, Mapping[str, str]] | None = None,
     routing: RoutingView | None = None,
     tuned: RoutingView | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write the report to ``path``, whole or not at all; the page asks for no other file and no network.
 
@@ -65,6 +65,9 @@ def write_report(
         samples: task to model to text; a model named ``prompt`` is shown as the prompt.
         routing: what the routers of the converted model do with text.
         tuned: the same once it was fine-tuned, of the same text.
+        overwrite: replace an older report.
+
+    Raises RecipeError where something else than a report lies there.
     """
     tasks = list(analysis.profiles[0].task_names)
     names = assignments[0].expert_names if assignments else ()
@@ -87,15 +90,7 @@ def write_report(
     for anchor, (title, parts) in shown.items():
         body += [page.heading(title, anchor=anchor), *parts]
     text = page.page(f"ModularMoE report: {page.short_name(recipe.source)}", body)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, sign_page(text), overwrite=overwrite, is_ours=is_page)
 
 
 def _describe(

@@ -44,6 +44,7 @@ from modmoe.convert.routers import RouterStart, start_routers
 from modmoe.convert.splits import SPLITS, settle_split
 from modmoe.errors import PartitionError, RecipeError, did_you_mean
 from modmoe.inspection import inspect
+from modmoe.preflight import noting_output, place_report
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
@@ -125,6 +126,7 @@ def convert(
             "routers": [{"agreement": fit.start.agreement, "chance": fit.start.chance} for fit in fits],
             "verified": verified,
         }
+        inside = place_report(report, output, directory)
         if report is not None:
             from modmoe.analyze.report import write_report
             from modmoe.convert.view import view_converted
@@ -133,8 +135,13 @@ def convert(
             chosen = [fit.assignment for fit in fits]
             members_EM = [assignment.membership_EM for assignment in chosen]
             view = view_converted(recipe, directory, analysis, members_EM, scratch=directory)
-            write_report(Path(report), recipe, analysis, assignments=chosen, summary=result, routing=view)
+            write = partial(write_report, recipe=recipe, analysis=analysis, assignments=chosen, routing=view)
+            if inside is not None:
+                write(inside, summary=result)
         progress("putting it on the disk")
+    if report is not None and inside is None:
+        with noting_output(output):
+            write(Path(report), summary=result, overwrite=overwrite)
     result["seconds"] = round(time.monotonic() - started_s, 2)
     result["peak_rss_bytes"] = peak_rss_bytes()
     return result

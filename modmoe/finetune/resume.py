@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,11 @@ import torch
 
 from modmoe.checkpoint import write_json
 from modmoe.errors import RecipeError
+from modmoe.files import target_of
+from modmoe.preflight import STATES
 from modmoe.recipe import Recipe
-from modmoe.staging import partial_of, put_in_place
+from modmoe.seal import MARK, clear, empty, is_marked
+from modmoe.staging import put_in_place
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +33,8 @@ _FREE = frozenset({"finetune.save_steps", "finetune.report_to"})
 
 def states_of(output: str | Path) -> Path:
     """Return the directory of a run's states: ``<output>.states``, until the output is whole."""
-    return partial_of(output).with_suffix(".states")
+    path = target_of(output)
+    return path.with_name(path.name + STATES)
 
 
 def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any]:
@@ -46,8 +49,10 @@ def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any
 
 def start_run(states: Path, run: dict[str, Any]) -> None:
     """Write down what a new run was asked for, beside the states to come; older states are removed."""
-    shutil.rmtree(states, ignore_errors=True)
-    states.mkdir()
+    if is_marked(states):
+        clear(states)
+    states.mkdir(exist_ok=True)
+    (states / MARK).touch()
     write_json(states / RECORD, run)
 
 
@@ -103,7 +108,7 @@ def last_state(states: Path) -> Path | None:
     for state in reversed(all_states(states)):
         if _is_whole(state):
             return state
-        shutil.rmtree(state)
+        empty(states, f"{state.name}/")
     return None
 
 
@@ -111,7 +116,7 @@ def publish_state(partial: Path, states: Path) -> None:
     """Put a state that is written among the others once all of it is on the disk, and remove the oldest."""
     put_in_place(partial, states / partial.name)
     for old in all_states(states)[:-KEPT_STATES]:
-        shutil.rmtree(old)
+        empty(states, f"{old.name}/")
 
 
 def disk_bytes(model: torch.nn.Module, recipe: Recipe, is_whole: bool, num_found: int) -> int:

@@ -36,6 +36,7 @@ from modmoe.finetune.resume import all_states, describe_run, disk_bytes, find_st
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report, WholeRun
 from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
 from modmoe.recipe import Recipe
+from modmoe.seal import clear, is_marked
 from modmoe.staging import check_output, check_space
 
 LOG = logging.getLogger(__name__)
@@ -99,8 +100,8 @@ def finetune(
 
 def _say_what_is_left(error: BaseException, states: Path) -> None:
     left = all_states(states)
-    if not left:
-        shutil.rmtree(states, ignore_errors=True)
+    if not left and is_marked(states):
+        clear(states)
     elif not isinstance(error, DivergedError):
         # what is to be lowered would make it another run
         where = " where there is more memory" if is_out_of_memory(error.__cause__ or error) else ""

@@ -9,7 +9,6 @@ import copy
 import logging
 import math
 import pickle
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from modmoe.finetune.losses import balance_loss, token_losses
 from modmoe.finetune.resume import publish_state
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe import FinetuneRecipe
+from modmoe.seal import empty
 
 LOG = logging.getLogger(__name__)
 
@@ -122,9 +122,9 @@ class ModularTrainer(SFTTrainer):
         labels_BT, mask_BT = inputs.pop("labels"), inputs.pop("token_mask")
         if self.adapters is not None:
             self.adapters.mark_answers(labels_BT)
-        with self.routed.record_router_logits() if self.routed is not None else contextlib.nullcontext():
+        with self.routed.record_router_logits() if self.routed is not None else contextlib.nullcontext({}) as found:
             outputs = model(**inputs, use_cache=False)
-        router_logits = dict(self.routed.routing_state.logits) if self.routed is not None else {}
+        router_logits = dict(found)
         counts_BT = labels_BT[:, 1:] != IGNORED
         logits_NV, target_N = outputs.logits[:, :-1][counts_BT], labels_BT[:, 1:][counts_BT]
         teacher_NV = None
@@ -186,7 +186,7 @@ class ModularTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a state beside the others, which it joins when all of it is on the disk."""
         if self.args.should_save:
-            shutil.rmtree(self._beside, ignore_errors=True)
+            empty(self._states, f"{self._beside.name}/")
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
             self.accelerator.wait_for_everyone()
@@ -195,7 +195,7 @@ class ModularTrainer(SFTTrainer):
         finally:
             # what is left of one that could not be written takes room
             if self.args.should_save:
-                shutil.rmtree(self._beside, ignore_errors=True)
+                empty(self._states, f"{self._beside.name}/")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restore every weight, whatever names the checkpoint has.

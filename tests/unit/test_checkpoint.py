@@ -15,6 +15,7 @@ from modmoe.checkpoint import INDEX, MANIFEST, Checkpoint, CheckpointWriter, par
 from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
 from modmoe.documents import open_tensors
 from modmoe.errors import CheckpointError, ModmoeError, PlanError, RecipeError
+from modmoe.seal import SEAL
 from modmoe.staging import open_output
 from tests.tiny import save_dense
 
@@ -176,31 +177,31 @@ def test_sizes_that_are_none(text):
 
 def test_output_is_whole_or_absent(tmp_path):
     with pytest.raises(ModmoeError), open_output(tmp_path / "out") as partial:
-        (partial / "half").write_text("x")
+        (partial / "config.json").write_text("x")
         assert partial.name == "out.partial"
         raise PlanError("stop")
     assert list(tmp_path.iterdir()) == []
     with open_output(tmp_path / "out") as partial:
-        (partial / "whole").write_text("x")
+        (partial / "config.json").write_text("x")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_output_in_use_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
+    with open_output(tmp_path / "out") as partial:
+        (partial / "README.md").write_text("old")
     with pytest.raises(RecipeError, match="is not empty"), open_output(tmp_path / "out"):
         pass
     with open_output(tmp_path / "out", overwrite=True) as partial:
-        (partial / "new").write_text("x")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+        (partial / "config.json").write_text("x")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [SEAL, "config.json"]
 
 
 def test_a_failed_overwrite_keeps_the_old_output(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
+    with open_output(tmp_path / "out") as partial:
+        (partial / "README.md").write_text("precious")
     with pytest.raises(PlanError), open_output(tmp_path / "out", overwrite=True):
         raise PlanError("stop")
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    assert (tmp_path / "out" / "README.md").read_text() == "precious"
 
 
 def test_two_runs_into_one_output(tmp_path):

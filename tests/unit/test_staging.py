@@ -16,22 +16,23 @@ import pytest
 
 from modmoe import staging
 from modmoe.errors import RecipeError, disk_error
+from modmoe.seal import MARK, SEAL
 from modmoe.staging import open_output
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """An output that is there."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("precious")
+    write(tmp_path / "out", "README.md")
     return tmp_path / "out"
 
 
 def files(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+    """Return all that lies in a directory but the lists of what modmoe wrote."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.name != SEAL)
 
 
-def write(out: Path, name: str = "new", **options: Any) -> None:
+def write(out: Path, name: str = "config.json", **options: Any) -> None:
     with open_output(out, **options) as partial:
         (partial / name).write_text(name)
 
@@ -51,7 +52,7 @@ def test_an_old_output_is_replaced(old: Path, has_exchange: bool, monkeypatch: p
     if not has_exchange:
         without_exchange(monkeypatch)
     write(old, overwrite=True)
-    assert files(old.parent) == ["out", "out/new"]
+    assert files(old.parent) == ["out", "out/config.json"]
 
 
 def test_there_is_no_moment_without_an_output(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +81,14 @@ def test_a_crash_between_renames_is_mended(old: Path, step: int, monkeypatch: py
     with monkeypatch.context() as patch:
         # as if the process was gone: nothing is cleared up
         patch.setattr(Path, "rename", count)
-        patch.setattr(staging.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(staging, "clear", lambda _: [])
         with pytest.raises(Crash):
             write(old, overwrite=True)
     with pytest.raises(RecipeError, match="is not empty"):
-        write(old, "third")
-    assert files(old) == (["new"] if step == 3 else ["old"])
-    write(old, "third", overwrite=True)
-    assert files(old.parent) == ["out", "out/third"]
+        write(old, "modmoe.yaml")
+    assert [name for name in files(old) if name != MARK] == (["config.json"] if step == 3 else ["README.md"])
+    write(old, "modmoe.yaml", overwrite=True)
+    assert files(old.parent) == ["out", "out/modmoe.yaml"]
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])
@@ -96,8 +97,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_what_was_there(
     tmp_path: Path, has_exchange: bool, is_new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_new:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old").touch()
+        write(tmp_path / "out", "README.md")
     if not has_exchange:
         without_exchange(monkeypatch)
     real = os.fsync
@@ -110,7 +110,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_what_was_there(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RecipeError, match=rf"^{tmp_path}/out: Input/output error; look after that disk"):
         write(tmp_path / "out", overwrite=True)
-    assert files(tmp_path) == ([] if is_new else ["out", "out/old"])
+    assert files(tmp_path) == ([] if is_new else ["out", "out/README.md"])
 
 
 def test_what_is_written_is_on_the_disk_before_it_is_renamed(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,17 +120,20 @@ def test_what_is_written_is_on_the_disk_before_it_is_renamed(old: Path, monkeypa
         os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")) or real(handle)
     )
     with open_output(old, overwrite=True) as partial:
-        (partial / "deep").mkdir()
-        (partial / "deep" / "file").touch()
-    root = str(old.parent)
-    assert synced == [f"{root}/out.partial/deep/file", f"{root}/out.partial/deep", f"{root}/out.partial", root]
+        (partial / "analysis").mkdir()
+        (partial / "analysis" / "plan.json").touch()
+    root, within = str(old.parent), f"{old.parent}/out.partial"
+    assert sorted(synced[:-1]) == sorted(
+        [f"{within}/{SEAL}", f"{within}/{MARK}", f"{within}/analysis/plan.json", f"{within}/analysis", within]
+    )
+    assert synced[-2:] == [within, root]
 
 
 def test_a_lock_that_its_owner_removes_locks_nobody_out_of_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that opened the lock before its owner removed it must not hold a file that no one else can find."""
-    lock = tmp_path / ".out.lock"
+    lock = tmp_path / "out.partial" / MARK
     real, removed = fcntl.flock, []
 
     def remove_first(handle: int, how: int) -> None:
@@ -169,7 +172,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     write(tmp_path / "out")
-    assert "its file system has no locks" in caplog.text and files(tmp_path) == ["out", "out/new"]
+    assert "its file system has no locks" in caplog.text and files(tmp_path) == ["out", "out/config.json"]
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
@@ -177,14 +180,14 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk" / "there").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "there")
     write(tmp_path / "out")
-    assert files(tmp_path) == ["disk", "disk/there", "disk/there/new", "out"]
-    assert (tmp_path / "out" / "new").is_file()
+    assert files(tmp_path) == ["disk", "disk/there", "disk/there/config.json", "out"]
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("out", [".", "/proc"])
 def test_what_cannot_be_replaced_is_refused_at_once(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="cannot be replaced when all is written; name a directory in it"):
+    with pytest.raises(RecipeError, match="name a directory in it"):
         write(Path(out), overwrite=True)
 
 
@@ -206,12 +209,12 @@ def test_control_c_waits_until_names_have_changed(old: Path, monkeypatch: pytest
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
             write(old, overwrite=True)
-        assert files(old.parent) == ["out", "out/new"]
+        assert files(old.parent) == ["out", "out/config.json"]
         assert caught.value.__notes__ == [f"{old} is whole."]
         # where a job in the background ignores it, so it is here
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        write(old, "third", overwrite=True)
-        assert files(old.parent) == ["out", "out/third"]
+        write(old, "modmoe.yaml", overwrite=True)
+        assert files(old.parent) == ["out", "out/modmoe.yaml"]
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -1,0 +1,188 @@
+"""Single files and the names of outputs: whether one can be there, and how it is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from modmoe.errors import RecipeError, disk_error
+
+# What file systems without locks, without an exchange of names, or without syncing of directories say.
+UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK}
+_MOST_NAME_BYTES = 255
+_MOST_PAGE_BYTES = 1 << 30
+_TEMPORARY = ".{}.tmp."
+"""What stands around a file's name until it is whole; eight characters of it are drawn."""
+_PAGE = re.compile(rb"\n<!-- written by modmoe, sha256 ([0-9a-f]{64}) -->\n$")
+
+
+def target_of(out: str | Path) -> Path:
+    """Return the absolute path of an output; of a symbolic link, that of what it names."""
+    path = Path(os.path.abspath(out))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def check_name(out: str | Path, longest: str = ".replaced") -> None:
+    """Raise RecipeError unless a file or directory can be written as ``out``, and with ``longest`` behind its name."""
+    text = str(out)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecipeError(f"{ascii(text)[1:-1]}: is not UTF-8; choose a name that is.") from None
+    if "\0" in text:
+        raise RecipeError(f"{ascii(text)[1:-1]}: has a character that no file's name can have; choose another name.")
+    if not text.strip():
+        raise RecipeError(f"{text!r}: is not a name; choose one.")
+    place = Path(os.path.abspath(text))
+    if not place.name:
+        raise RecipeError(f"{text}: is the root of the file system; name a directory in it.")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(place)
+        holder = target_of(place).parent
+        while not _is_there(holder):
+            holder = holder.parent
+    except OSError as error:
+        raise RecipeError(f"{shorten(text)}: {os.strerror(error.errno or 0)}; choose another name.") from None
+    if not holder.is_dir():
+        raise RecipeError(f"{shorten(text)}: {holder} is not a directory; choose another name.")
+    if len(os.fsencode(target_of(place).name)) + len(longest) > _MOST_NAME_BYTES:
+        raise RecipeError(f"{shorten(text)}: File name too long; choose another name.")
+    check_writable(holder, text)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether something is there; OSError for a link to nothing, and where no path can be."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise
+        return False
+    return True
+
+
+def shorten(text: str) -> str:
+    """Return a name that may be of any length, cut in its middle where it is long."""
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+
+
+def check_writable(holder: Path, text: str) -> None:
+    """Raise RecipeError unless a file can be made in the directory ``holder``, for what was called ``text``."""
+    try:
+        with tempfile.TemporaryFile(dir=holder):
+            pass
+    except OSError as error:
+        error.filename = str(holder)  # rather than a name that nobody chose
+        failed = disk_error(error, holder)
+        if failed is None:
+            failed = RecipeError(f"{holder}: {os.strerror(error.errno or 0)}; choose another name.")
+        raise RecipeError(f"{shorten(text)}: cannot be written ({failed})") from None
+
+
+def kind_of(path: Path) -> str:
+    """Return in words what lies at a path that is no directory."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_ISREG: "a file", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((words for is_kind, words in kinds.items() if is_kind(mode)), "a device")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    if not path.is_dir() and not path.is_file():  # a link to what is not there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], bool], flag: str = "") -> Path:
+    """Return ``file`` as a path if a run may write it; nothing is changed.
+
+    Args:
+        file: a file that is not there, or one that ``is_ours`` and is to be replaced.
+        overwrite: replace it.
+        is_ours: whether modmoe wrote a file, and nobody changed it since.
+        flag: what named the file, for errors.
+
+    Raises:
+        RecipeError: no file can be there; it is a directory, a link, a device or the like, not ours, or there and
+            ``overwrite`` is False.
+    """
+    start = f"{flag}: " if flag else ""
+    try:
+        check_name(file, longest=_TEMPORARY.format("." * 8))
+    except RecipeError as error:
+        raise RecipeError(f"{start}{error}") from None
+    path = Path(file)
+    if not os.path.lexists(path):
+        return path
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else kind_of(path)
+        raise RecipeError(f"{start}{file}: is {what}; name a file that does not exist yet.")
+    if not is_ours(path):
+        raise RecipeError(
+            f"{start}{file}: exists, and is not as modmoe wrote it; name another file, or remove it yourself."
+        )
+    if not overwrite:
+        raise RecipeError(f"{start}{file}: exists; name another file or pass --overwrite.")
+    return path
+
+
+def write_file(
+    file: str | Path, text: str, *, overwrite: bool, is_ours: Callable[[Path], bool], flag: str = ""
+) -> None:
+    """Write a text file, whole or not at all: beside, and then renamed. Directories that it is to lie in are made.
+
+    Raises:
+        RecipeError: as ``check_file``, which is asked again.
+        OSError: the disk failed; what was there before is unchanged.
+    """
+    path = check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        sync(temporary)
+        check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = str(file)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sign_page(text: str) -> str:
+    """Return an HTML page with a last line by which ``is_page`` knows it."""
+    text = text if text.endswith("\n") else f"{text}\n"
+    return f"{text}<!-- written by modmoe, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is an HTML page that modmoe wrote and nobody changed."""
+    if path.stat().st_size > _MOST_PAGE_BYTES:
+        return False
+    data = path.read_bytes()
+    found = _PAGE.search(data)
+    return found is not None and hashlib.sha256(data[: found.start() + 1]).hexdigest() == found[1].decode()
