@@ -17,12 +17,16 @@ from torch import Tensor
 
 from modmoe.documents import FILES, check_links, local_directory, open_tensors, read_index, read_object
 from modmoe.errors import CheckpointError, RecipeError
+from modmoe.kinds.check import check_kind
+from modmoe.kinds.forms import ADAPTER_CONFIG as ADAPTER_CONFIG
+from modmoe.kinds.forms import find_lack, wrong_with
+from modmoe.kinds.forms import is_adapter as is_adapter
+from modmoe.kinds.headers import INDEX as INDEX
+from modmoe.kinds.headers import SINGLE as SINGLE
+from modmoe.kinds.headers import Header
+from modmoe.seal import MANIFEST as MANIFEST
 from modmoe.shards import DTYPES, Made, adder, chunks, is_finite, run_all, write_shards
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-MANIFEST = "modmoe_manifest.json"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -52,7 +56,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
         Raises:
             CheckpointError: no config, no safetensors, a pickle instead, a damaged or missing shard, an index that
-                names a file outside the directory or a tensor that its shard lacks.
+                names a file outside the directory or a tensor that its shard lacks; tensors that are quantized, an
+                adapter that is not merged or of a model inside of a wrapper.
         """
         self.directory = Path(directory)
         self.config = read_config(self.directory)
@@ -60,6 +65,12 @@ class Checkpoint(Mapping[str, Tensor]):
         # name as a causal LM has it -> (file, name in the file)
         self._where = {name: (file, name) for name, file in self._locate().items()}
         self._added: dict[str, Tensor] = {}
+        check_kind(self.directory, self.config, {name: self._header(name) for name in self._where})
+
+    def _header(self, name: str) -> Header:
+        file, stored = self._where[name]
+        header = self._open(file).get_slice(stored)
+        return Header(file, header.get_dtype(), tuple(header.get_shape()))
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX
@@ -84,22 +95,14 @@ class Checkpoint(Mapping[str, Tensor]):
             return weight_map
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        loose = sorted(file.name for file in self.directory.glob("*.safetensors"))
-        if loose:
-            raise CheckpointError(f"{self.directory}: {loose[0]} without {INDEX}; fetch the index too.")
-        if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
-            raise CheckpointError(
-                f"{self.directory}: holds pickled weights only, which can run code when read. If you trust them, "
-                'convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{self.directory}').save_pretrained('{self.directory}-safetensors')\""
-            )
-        raise CheckpointError(f"{self.directory}: no {SINGLE} and no {INDEX}.")
+        raise CheckpointError(str(find_lack(self.directory)))
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.directory / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: the shard is missing; fetch the checkpoint again.")
+            _check_file(path)
             self._files[file] = open_tensors(path)
         return self._files[file]
 
@@ -123,18 +126,18 @@ class Checkpoint(Mapping[str, Tensor]):
         """Return a tensor's shape from the header."""
         if name in self._added:
             return tuple(self._added[name].shape)
-        file, stored = self._where[name]
-        return tuple(self._open(file).get_slice(stored).get_shape())
+        return self._header(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type from the header."""
         if name in self._added:
             return self._added[name].dtype
-        file, stored = self._where[name]
-        kind = self._open(file).get_slice(stored).get_dtype()
-        if kind not in DTYPES:
-            raise CheckpointError(f"{self.directory / file}: '{name}' has type {kind}, which is not supported.")
-        return DTYPES[kind]
+        header = self._header(name)
+        if header.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.directory / header.file}: '{name}' has type {header.dtype}, which is not supported."
+            )
+        return DTYPES[header.dtype]
 
     def add_prefix(self, layers: str) -> None:
         """Name tensors as the causal LM does where the checkpoint was saved from its base model alone (GPT-2's are).
@@ -273,7 +276,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json as a mapping; CheckpointError where it is absent or none, or names weights of its own."""
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no config.json; name the directory of a checkpoint.")
+        raise CheckpointError(str(find_lack(directory)))
+    _check_file(path)
     check_links(directory)
     config = read_object(path)
     if not isinstance(config.get("model_type", ""), str):
@@ -284,10 +288,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def is_adapter(directory: Path) -> bool:
-    """Return whether a directory holds an adapter alone, as PEFT writes it, and no model."""
-    has_model = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
-    return (directory / ADAPTER_CONFIG).is_file() and not has_model
+def _check_file(path: Path) -> None:
+    """Raise CheckpointError where a file stands for another one, or is empty."""
+    wrong = wrong_with(path)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong[0]}; {wrong[1]}.")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -309,6 +314,7 @@ def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.d
                 "save_pretrained(..., safe_serialization=True)."
             )
         raise CheckpointError(f"{directory}: no {ADAPTER_WEIGHTS}; fetch the adapter again.")
+    _check_file(path)
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         for name, one in slices.items():

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modmoe.documents import check_task_file, local_directory, read_object
+from modmoe.documents import check_task_file, read_object
 from modmoe.errors import ModmoeError, RecipeError
 from modmoe.files import check_file, check_name, is_page, target_of
+from modmoe.kinds.check import check_source
 from modmoe.seal import find_stranger, is_marked
 from modmoe.staging import check_output
 
@@ -26,14 +27,17 @@ _BESIDE = (".partial", ".replaced", STATES)
 _MOST_LINKS = 10_000
 
 
-def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str]) -> None:
-    """Refuse a directory or a file that is not there, before torch and all that it brings is loaded."""
+def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str], **needs: bool) -> None:
+    """Refuse a directory or a file that is not there or no model, before torch and all that it brings is loaded.
+
+    ``needs`` is what ``modmoe.kinds.check.check_source`` takes.
+    """
     # one of several processes does not speak: what it lacks, it tells the others once it has joined them
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return
     for source in sources:
         if source is not None:
-            local_directory(source)
+            check_source(source, **needs)
     for name, file in (item for texts in tasks for item in texts.items()):
         check_task_file(name, file)
 

@@ -88,7 +88,7 @@ def analyze(
     """
     resolved = resolve_recipe("analyze", source, recipe, keywords)
     _need_source_and_tasks("analyze", resolved)
-    check_there([resolved.source], resolved.tasks)
+    check_there([resolved.source], resolved.tasks, takes_adapters=False)
     out = _output("analyze", output)
     check_places(out, overwrite=overwrite, report=report, inputs=recipe_inputs(resolved, source, recipe))
     from modmoe.analyze.run import analyze as run
@@ -163,7 +163,13 @@ def _convert(
     if fit_bytes is not None and resolved.method not in ("experts", "upcycle", "prune"):
         _check_sizes(resolved.method, keywords)
     if resolved.method != "upcycle":  # which has flags to refuse first, with its code
-        check_there([resolved.source], resolved.tasks if reads_text and not options["dry_run"] else {})
+        check_there(
+            [resolved.source],
+            resolved.tasks if reads_text and not options["dry_run"] else {},
+            takes_adapters=False,
+            needs_weights=reads_text or not options["dry_run"],
+            reads_text=reads_text,
+        )
     inputs = recipe_inputs(resolved, source, recipe)
     check_places(_output("convert", output), overwrite=options["overwrite"], report=report, inputs=inputs)
     if resolved.method == "experts":
@@ -242,7 +248,9 @@ def finetune(
     _need_source_and_tasks("finetune", resolved)
     assert resolved.source is not None
     teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
-    check_there([resolved.source, teacher], *(() if dry_run else (resolved.tasks, eval_tasks or {})))
+    texts = () if dry_run else (resolved.tasks, eval_tasks or {})
+    check_there([resolved.source], *texts, needs_weights=not dry_run)
+    check_there([teacher], needs_weights=not dry_run, reads_text=False)
     out = _output("finetune", output)
     inputs = recipe_inputs(resolved, source, recipe, eval_tasks)
     check_places(out, overwrite=overwrite, trains=True, resume=resume or dry_run, inputs=inputs)

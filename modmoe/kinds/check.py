@@ -8,10 +8,11 @@ from typing import Any
 
 from modmoe.documents import local_directory, read_object
 from modmoe.errors import CheckpointError
-from modmoe.kinds.forms import find_form, find_lack, find_pointers, is_adapter, is_model
+from modmoe.kinds.forms import describe_file, find_form, find_lack, find_pointers, is_adapter, is_model
 from modmoe.kinds.headers import Headers, Problem, read_headers
 from modmoe.kinds.names import find_adapters, find_wrapped
 from modmoe.kinds.quantized import find_quantization
+from modmoe.kinds.tokens import count_rows, describe_rowless, find_rowless, has_tokenizer, without_row
 
 
 def find_problems(directory: Path, config: Mapping[str, Any], headers: Headers) -> Iterator[Problem]:
@@ -27,13 +28,25 @@ def check_kind(directory: Path, config: Mapping[str, Any], headers: Headers) -> 
         raise CheckpointError(str(problem))
 
 
-def check_source(source: str | Path, *, takes_adapters: bool, needs_weights: bool = True) -> None:
+def check_source(
+    source: str | Path, *, takes_adapters: bool = True, needs_weights: bool = True, reads_text: bool = True
+) -> None:
     """Check what a command was given as a model, where it is on this disk, without loading torch.
 
-    What is damaged is left to those who open it. Without ``needs_weights`` config.json is enough.
+    What is damaged is left to those who open it.
 
-    Raises CheckpointError where it is a model of another form, or one that no command can use.
+    Args:
+        source: a directory, or a Hub id, of which nothing is known here.
+        takes_adapters: an adapter without its model will do.
+        needs_weights: config.json alone will not.
+        reads_text: its tokenizer is going to be used.
+
+    Raises:
+        CheckpointError: it is a model of another form, or one that no command can use.
     """
+    path = Path(source)
+    if path.is_file():
+        raise CheckpointError(str(describe_file(path)))
     directory = local_directory(source)
     if directory is None:
         return
@@ -42,11 +55,36 @@ def check_source(source: str | Path, *, takes_adapters: bool, needs_weights: boo
     if not is_model(directory):
         if takes_adapters and is_adapter(directory):
             return
-        problem = find_lack(directory) if needs_weights else find_form(directory)
-        if problem is not None:
-            raise CheckpointError(str(problem))
+        lack = find_lack(directory) if needs_weights else find_form(directory)
+        if lack is not None:
+            raise CheckpointError(str(lack))
     try:
         config = read_object(directory / "config.json")
     except CheckpointError:
         return
-    check_kind(directory, config, read_headers(directory))
+    headers = read_headers(directory)
+    check_kind(directory, config, headers)
+    if reads_text and (needs_weights or has_tokenizer(directory)):
+        check_rows(directory, count_rows(headers))
+
+
+def check_rows(directory: Path, rows: int | None) -> None:
+    """Raise CheckpointError where the tokenizer in ``directory`` is none, or can give a token without a row."""
+    if not has_tokenizer(directory):
+        raise CheckpointError(f"{directory}: no usable tokenizer: there is no file of one; copy the tokenizer there.")
+    problem = None if rows is None else find_rowless(directory, rows)
+    if problem is not None:
+        raise CheckpointError(str(problem))
+
+
+def check_vocabulary(directory: Path, tokenizer: Any, rows: int | None) -> None:
+    """Raise CheckpointError where a loaded tokenizer whose files say nothing of its ids has a token without a row."""
+    if rows is None or (directory / "tokenizer.json").is_file():
+        return
+    try:
+        vocabulary = tokenizer.get_vocab()
+    except NotImplementedError:  # some of a model's own have none
+        return
+    tokens = without_row(vocabulary, rows)
+    if tokens:
+        raise CheckpointError(str(describe_rowless(directory, tokens, rows)))

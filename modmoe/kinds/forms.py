@@ -22,7 +22,7 @@ _FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
         ("*.gguf",),
         "is GGUF, which is read by llama.cpp",
         "name the model it was made from, or write it with transformers: "
-        "AutoModelForCausalLM.from_pretrained('{directory}', gguf_file='{file}').save_pretrained('{directory}-plain')",
+        + _SAVE.replace("{place}", "{directory}").replace("{options}", ", gguf_file='{file}'"),
     ),
     (
         ("consolidated*.safetensors", "consolidated*.pth", "params.json"),
@@ -120,6 +120,16 @@ def find_form(directory: Path) -> Problem | None:
         lack = SINGLE if has_config else "config.json"
         return Problem(str(directory), f"no {lack}, and {inner.name} in it is a checkpoint", f"name {inner}")
     return None
+
+
+def describe_file(file: Path) -> Problem:
+    """Return what to name instead of a file."""
+    if file.suffix == ".gguf":
+        save = _SAVE.format(place=file.parent, options=f", gguf_file='{file.name}'")
+        return Problem(
+            str(file), "is a GGUF file", f"name the model it was made from, or write it with transformers: {save}"
+        )
+    return Problem(str(file), "is a file", "name the directory that holds config.json and the safetensors")
 
 
 def _adapter(directory: Path) -> tuple[str, str]:
