@@ -13,7 +13,12 @@ from modmoe.errors import ModmoeError, RecipeError, did_you_mean
 from modmoe.keywords import KEYWORDS
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A local directory or a Hub id.")]
-Output = Annotated[str, typer.Argument(metavar="OUT", help="The directory to write; it must be empty or not exist.")]
+Output = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT", help="The directory to write; new, empty, or with --overwrite one that modmoe wrote."
+    ),
+]
 Task = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,7 +64,9 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python files to be executed.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that is not empty.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what modmoe wrote there before, and nothing else.")
+]
 EstimateFor = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from modmoe.errors import RecipeError, disk_error
@@ -153,21 +153,31 @@ def write_file(
         OSError: the disk failed; what was there before is unchanged.
     """
     path = check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
+    with open_beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
+
+
+@contextlib.contextmanager
+def open_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, which gets that name once it is on the disk; on an error it is removed.
+
+    Directories that it is to lie in are made. Its name is drawn, so that it is nobody else's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
-            opened.write(text)
+        yield temporary
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         sync(temporary)
-        check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        error.filename = str(file)
+        error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -50,10 +50,14 @@ _WRITTEN = (
     "*.png",
     "report*.html",
     "mixlora*",
-    "profile.safetensors*",
-    "partition.safetensors*",
+    "profile.safetensors",
+    "partition.safetensors",
+    ".*.tmp",
+    "analysis/.*.tmp",
     "analysis/*",
     ".hidden-*",
+    "train/*.jsonl",
+    "held_out/*.jsonl",
 )
 _STATES = (
     "run.json",

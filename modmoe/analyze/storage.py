@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,27 @@ from torch import Tensor
 
 from modmoe.documents import open_tensors
 from modmoe.errors import CheckpointError, reason_of
+from modmoe.files import check_file, open_beside
 
 
 def write_tensors(path: str | Path, file: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` beside, rename, and return the file.
+    """Write ``tensors`` beside, rename, and return the file; what modmoe wrote there before is replaced.
 
-    ``path`` is the file, or a directory that gets ``file``.
+    ``path`` is the file, or a directory that gets ``file``. RecipeError where something else lies there.
     """
-    target = _locate(path, file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
+    target = check_file(_locate(path, file), overwrite=True, is_ours=_is_statistics)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        save_file(owned, partial, metadata={"modmoe": json.dumps(facts)})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_beside(target) as temporary:
+        save_file(owned, temporary, metadata={"modmoe": json.dumps(facts)})
     return target
+
+
+def _is_statistics(path: Path) -> bool:
+    try:
+        with open_tensors(path) as handle:
+            return "modmoe" in (handle.metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def read_tensors(path: str | Path, file: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

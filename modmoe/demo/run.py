@@ -16,7 +16,9 @@ from typing import Any
 
 from modmoe import steps
 from modmoe.demo.corpus import DOMAINS, write_task_files
-from modmoe.staging import check_output
+from modmoe.errors import RecipeError
+from modmoe.files import check_file, check_name, is_page, kind_of
+from modmoe.staging import check_output, open_output
 
 Progress = Callable[..., None]
 
@@ -30,6 +32,13 @@ PROMPTS = {
 """What each model continues."""
 DENSE_EXPERT = "arithmetic"
 """The expert that the dense export keeps."""
+EXPORTS: dict[str, dict[str, Any]] = {
+    "tied": {"form": "tied"},
+    "dense": {"form": "dense", "expert": DENSE_EXPERT},
+    "native": {"form": "native", "target": "mixtral"},
+}
+"""What is exported, and how."""
+REPORT = "report.html"
 _DEFAULT_OUTPUT = "modmoe-demo"
 
 
@@ -113,7 +122,8 @@ def run(
     """
     started_s = time.monotonic()
     with _surroundings():
-        directory = check_output(output or _DEFAULT_OUTPUT, overwrite=overwrite)
+        directory = Path(output or _DEFAULT_OUTPUT)
+        _check_places(directory, overwrite=overwrite)
         job = _Run(directory, seed, overwrite, effort or Effort(), progress or _silent)
         _write_tasks(job)
         _convert(job)
@@ -126,6 +136,18 @@ def run(
         "output": str(job.output),
         "seconds": {**job.seconds, "total": round(time.monotonic() - started_s, 2)},
     }
+
+
+def _check_places(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a directory in which something is not as an earlier run left it, before anything is made."""
+    check_name(directory)
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory}: is {kind_of(directory)}; name a directory.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise RecipeError(f"{directory}: is not empty; name another directory or pass --overwrite.")
+    for name in ("tasks", "converted", "tuned", *(f"export-{form}" for form in EXPORTS)):
+        check_output(directory / name, overwrite=overwrite)
+    check_file(directory / REPORT, overwrite=overwrite, is_ours=is_page)
 
 
 @contextmanager
@@ -155,8 +177,10 @@ def _silent(*_: Any) -> None:
 
 def _write_tasks(job: _Run) -> None:
     with job.stage("writing the tasks"):
-        for split, rows in (("train", job.effort.train_rows), ("held_out", job.effort.held_out_rows)):
-            write_task_files(job.output / "tasks" / split, split=split, rows_per_task=rows, seed=job.seed)
+        sizes = {"train": job.effort.train_rows, "held_out": job.effort.held_out_rows}
+        with open_output(job.place("tasks"), overwrite=job.overwrite) as partial:
+            for split, rows in sizes.items():
+                write_task_files(partial / split, split=split, rows_per_task=rows, seed=job.seed)
     train, held_out = job.files("train"), job.files("held_out")
     job.result["tasks"] = {name: {"train": train[name], "held_out": held_out[name]} for name in DOMAINS}
 
@@ -241,24 +265,19 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
 
 
 def _export(job: _Run) -> None:
-    wanted: dict[str, dict[str, Any]] = {
-        "tied": {"form": "tied"},
-        "dense": {"form": "dense", "expert": DENSE_EXPERT},
-        "native": {"form": "native", "target": "mixtral"},
-    }
     exports: dict[str, Any] = {}
     with job.stage("exporting"):
-        for number, (name, options) in enumerate(wanted.items()):
-            job.progress("exporting", number, len(wanted))
+        for number, (name, options) in enumerate(EXPORTS.items()):
+            job.progress("exporting", number, len(EXPORTS))
             exports[name] = steps.export(
                 job.place("tuned"), job.place(f"export-{name}"), overwrite=job.overwrite, **options
             )
-        job.progress("exporting", len(wanted), len(wanted))
+        job.progress("exporting", len(EXPORTS), len(EXPORTS))
     job.result["exports"] = exports
 
 
 def _report(job: _Run) -> None:
-    path = job.output / "report.html"
+    path = job.output / REPORT
     with job.stage("writing the report"):
         evaluation = {name: model["loss"] for name, model in job.result["models"].items()}
         write_demo_report(
@@ -269,6 +288,7 @@ def _report(job: _Run) -> None:
             job.result["conversion"],
             evaluation,
             job.result["samples"],
+            overwrite=job.overwrite,
         )
     job.result["report"] = str(path)
 
@@ -281,6 +301,8 @@ def write_demo_report(
     summary: Mapping[str, Any],
     evaluation: Mapping[str, Mapping[str, float]],
     samples: Mapping[str, Mapping[str, str]],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write the HTML report of a conversion and its fine-tuning from what they left on disk.
 
@@ -289,6 +311,7 @@ def write_demo_report(
     from modmoe.analyze.calibration import load_task
     from modmoe.analyze.modules import load_partitions
     from modmoe.analyze.profile import load_profiles
+    from modmoe.analyze.reading import Reading
     from modmoe.analyze.report import write_report
     from modmoe.analyze.routing import view_routing
     from modmoe.analyze.run import Analysis, open_source, silent, tokenize
@@ -306,13 +329,14 @@ def write_demo_report(
     profiles = load_profiles(converted / "analysis")
     partitions = load_partitions(converted / "analysis")
     ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
-    batches = tokenize(recipe, source.texts, tokenizer, silent)
+    readings: dict[str, Reading] = {}
+    batches = tokenize(recipe, source.texts, tokenizer, silent, readings=readings)
     scores_PM = [
         module_scores(recipe.assignment.score, profile, weights, partition)
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
     runner = WholeModel(load(directory, device="cpu"), source.family)
-    analysis = Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    analysis = Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM, readings)
     assignments = make_assignments(recipe, analysis)
     members_EM = [assignment.membership_EM for assignment in assignments]
     texts = {name: load_task(name, file) for name, file in held_out.items()}
@@ -330,4 +354,5 @@ def write_demo_report(
         samples=samples,
         routing=views[0],
         tuned=views[1],
+        overwrite=overwrite,
     )
