@@ -1,6 +1,6 @@
 """Tokens become statistics, statistics become modules: calibration text, profiles, partitions and scores."""
 
-from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, render, token_batches
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
 from modmoe.analyze.modules import Partition, check_num_modules, load_partitions, save_partitions
 from modmoe.analyze.partition import PARTITIONERS, Partitioner, find_partitioner
 from modmoe.analyze.profile import ActivationProfile, load_profiles, profile_model, save_profiles
@@ -22,7 +22,6 @@ __all__ = [
     "module_scores",
     "neuron_scores",
     "profile_model",
-    "render",
     "save_partitions",
     "save_profiles",
     "token_batches",

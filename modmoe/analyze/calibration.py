@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modmoe.analyze.rows import read_rows
+from modmoe.analyze.encoding import encode_rows
+from modmoe.analyze.reading import Reading
+from modmoe.analyze.rows import TaskRows, read_rows
 from modmoe.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from modmoe.analyze.stream import Runner, Turn
-
-_MOST_TOKEN_CHARACTERS = 256
-"""Of the tokens of a text on average: more than the longest that vocabularies have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +36,8 @@ class Batch:
         return int(self.attention_mask_BT.sum())
 
 
-def load_task(name: str, file: str, *, limit: int | None = None) -> Dataset:
-    """Read the text of one task into rows of exactly one form: text, prompt and completion, or messages.
+def load_task(name: str, file: str, *, limit: int | None = None) -> TaskRows:
+    """Read the rows of one task, each in one form: text, prompt and completion, or messages.
 
     Args:
         name: the task's name, for errors.
@@ -48,67 +46,49 @@ def load_task(name: str, file: str, *, limit: int | None = None) -> Dataset:
             A ``.txt`` file is cut into documents at blank lines; without any, its lines are joined into passages.
         limit: at most so many rows are read; None reads all.
 
-    Other columns are dropped, and so are rows without a single character that is not white space. Local files leave
-    nothing in a cache.
+    A file may have rows of all forms; a row that has several counts as the first of ``modmoe.analyze.forms.FORMS``.
+    Other columns are dropped, but for ``tools`` and ``chat_template_kwargs`` beside messages. Rows without a single
+    character that is not white space are left out, and counted. Local files leave nothing in a cache.
 
     Raises:
-        CalibrationError: no such file, an unknown extension, invalid UTF-8, JSON or parquet, no usable column, a value
-            of the wrong type, lines or files that would fill the memory, or no text at all. One line with the task,
-            the file, the row and the remedy.
+        CalibrationError: no such file, an unknown extension, invalid UTF-8, JSON or parquet, a row without a usable
+            column, a value of the wrong type, lines or files that would fill the memory, or no text at all. One line
+            with the task, the file, the row and the remedy.
     """
-    from datasets import Dataset
-
-    return Dataset.from_list(read_rows(name, file, limit))
-
-
-def render(row: dict[str, Any], tokenizer: Any) -> str:
-    """Return the text of a row: its text, prompt and completion, or messages through the tokenizer's chat template.
-
-    Without a chat template, messages become lines of "role: content".
-    """
-    if "messages" in row:
-        messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-        if getattr(tokenizer, "chat_template", None):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return str(row["prompt"]) + str(row["completion"]) if "prompt" in row else str(row["text"])
+    return read_rows(name, file, limit)
 
 
 def token_batches(
-    tokenizer: Any, name: str, dataset: Dataset, *, tokens: int, sequence_length: int, batch_size: int, seed: int
+    tokenizer: Any,
+    name: str,
+    rows: TaskRows,
+    *,
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    num_embeddings: int | None = None,
+    reading: Reading | None = None,
 ) -> list[Batch]:
     """Turn rows, in an order drawn from ``seed``, into batches until ``tokens`` tokens are reached.
 
-    Each row is cut to ``sequence_length`` tokens and begins as the tokenizer begins a text. The sequences drawn are
-    sorted by length before they are batched, so that little is padded; padding is on the right.
+    Each row is cut to ``sequence_length`` tokens and begins as the tokenizer begins a text. All of its tokens are read,
+    those of a prompt too. The sequences drawn are sorted by length before they are batched, so that little is padded;
+    padding is on the right. ``num_embeddings`` is as for ``encode_rows``; ``reading`` counts what is read.
 
     Raises:
         CalibrationError: the rows have no tokens, or the chat template refuses one.
+        CheckpointError: the tokenizer takes too much memory or time, or gives a token that the model has not.
     """
-    generator = torch.Generator().manual_seed(seed)
+    reading = reading or Reading(rows, tokenizer, learns=False, length=sequence_length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     sequences: list[list[int]] = []
-    total = 0
-    for index in torch.randperm(len(dataset), generator=generator).tolist():
-        if total >= tokens:
-            break
-        try:
-            text = render(dataset[index], tokenizer)
-        except Exception as error:  # a template is a program, and raises what it likes
-            reason = " ".join(str(error).split())
-            raise CalibrationError(f"tasks.{name}: the chat template refuses row {index + 1}: {reason}") from error
-        # a chat template writes the first token itself; a second one would be text that the model never saw
-        bos = getattr(tokenizer, "bos_token", None)
-        special = not (bos and text.startswith(bos))
-        # tokenizers cut a text when it is tokenized whole, which takes minutes where it is a book without a space
-        text = text[: _MOST_TOKEN_CHARACTERS * sequence_length]
-        ids = tokenizer(text, truncation=True, max_length=sequence_length, add_special_tokens=special)["input_ids"]
-        if ids:
-            sequences.append([int(token) for token in ids])
-            total += len(ids)
-    if not sequences:
-        raise CalibrationError(
-            f"tasks.{name}: the tokenizer finds no tokens in its {len(dataset)} rows; name other text."
-        )
+    encoded = encode_rows(tokenizer, rows, order, counts=False, longest=sequence_length, num_embeddings=num_embeddings)
+    with contextlib.closing(encoded):  # type: ignore[type-var]
+        while reading.num_tokens < tokens and (row := next(encoded, None)) is not None:
+            if reading.add(row):
+                sequences.append(row.input_ids)
+    reading.check()
     padding = getattr(tokenizer, "pad_token_id", None)
     if padding is None:
         padding = getattr(tokenizer, "eos_token_id", None) or 0

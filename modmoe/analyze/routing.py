@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from modmoe.analyze.calibration import Batch, token_batches
+from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.stream import Runner
 from modmoe.errors import CalibrationError
 from modmoe.ffn import FFNWeights
@@ -73,7 +74,7 @@ class RoutingView:
 
 def view_routing(
     runner: Runner,
-    texts: Mapping[str, Any],
+    texts: Mapping[str, TaskRows],
     tokenizer: Any,
     ffns: Sequence[FFNWeights],
     members_EM: Sequence[Tensor],
@@ -95,7 +96,8 @@ def view_routing(
 
     Where the caller routes by task, a task's tokens use the expert of its name, and others the first one.
     """
-    batch, rows, is_held_out = _draw(texts, tokenizer, read or {}, seed)
+    size = getattr(runner.model.config, "vocab_size", None)
+    batch, rows, is_held_out = _draw(texts, tokenizer, read or {}, seed, size)
     tasks = tuple(texts)
     layers: dict[int, _Layer] = {}
     model: Any = runner.model
@@ -140,7 +142,7 @@ class _Layer:
 
 
 def _draw(
-    texts: Mapping[str, Any], tokenizer: Any, read: Mapping[str, int], seed: int
+    texts: Mapping[str, TaskRows], tokenizer: Any, read: Mapping[str, int], seed: int, num_embeddings: int | None
 ) -> tuple[Batch, list[int], bool]:
     """Return one batch of all tasks' rows, the task of each row, and whether none of them was read before."""
     batches, rows, is_held_out = [], [], True
@@ -151,6 +153,7 @@ def _draw(
             tokenizer,
             name,
             tokens=max(_ROW_TOKENS, MOST_TOKENS // len(texts) - _ROW_TOKENS),
+            num_embeddings=num_embeddings,
             sequence_length=_ROW_TOKENS,
             batch_size=MOST_TOKENS,
             seed=seed,

@@ -1,19 +1,19 @@
-"""The rows of a task: what a file or a data set of the Hub holds, checked and in exactly one form."""
+"""The rows of a task: what a file or a data set of the Hub holds, each checked and in exactly one form."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from modmoe.analyze.forms import COLUMNS, EMPTY, FORMS, check_row, strings_of
 from modmoe.documents import check_task_file
 from modmoe.errors import CalibrationError, reason_of
-
-FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
-"""The columns a row may have; where a file has several forms, the first of these counts."""
 
 _PASSAGE_CHARACTERS = 2000
 _SPLITS = frozenset({"train", "validation", "valid", "dev", "test"})
@@ -26,77 +26,87 @@ _FREE_GROWTH_BYTES = 64 << 20
 """A parquet file may hold this much text, or so many times its size."""
 
 
-def read_rows(name: str, file: str, limit: int | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """The rows of one task that have text, in the order of the file.
+
+    They are plain objects and no table: a table would give all rows the same columns, and all messages the same keys.
+    """
+
+    name: str
+    """The task's name."""
+    file: str
+    rows: Sequence[dict[str, Any]]
+    """Each with ``text``, with ``prompt`` and ``completion``, or with ``messages`` and what belongs to them."""
+    numbers: Sequence[int]
+    """Of each row in the file, counted from 1, or the line it stands on."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many rows of the file are not here, by the reason."""
+    num_ambiguous: int = 0
+    """Rows that have text in more than one form, of which the first of FORMS counts."""
+
+    @property
+    def place(self) -> str:
+        """The beginning of an error."""
+        return f"tasks.{self.name}: {self.file}"
+
+    @property
+    def num_in_file(self) -> int:
+        """Rows of the file, with text or without, as far as it was read."""
+        return len(self.rows) + self.left_out.total()
+
+    def __len__(self) -> int:
+        """Return how many rows have text."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one row."""
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows."""
+        return iter(self.rows)
+
+    def select(self, indices: Iterable[int]) -> TaskRows:
+        """Return some of the rows, in the order given."""
+        chosen = list(indices)
+        rows, numbers = [self.rows[index] for index in chosen], [self.numbers[index] for index in chosen]
+        return TaskRows(self.name, self.file, rows, numbers)
+
+
+def read_rows(name: str, file: str, limit: int | None = None) -> TaskRows:
     """Return the rows of a task that have text; ``modmoe.analyze.calibration.load_task`` says what they may be.
 
     Raises CalibrationError.
     """
     place = f"tasks.{name}: {file}"
     check_task_file(name, file)
-    raw = _read_hub(place, file, limit) if file.startswith("hub:") else _read_file(place, Path(file), limit)
-    numbered = [(number, row) for number, row in islice(raw, limit)]
-    if not numbered:
-        raise CalibrationError(f"{place}: holds no rows; name a file with text in it.")
-    columns = list(dict.fromkeys(column for _, row in numbered for column in row))
-    form = next((form for form in FORMS if all(column in columns for column in form)), None)
-    if form is None:
-        raise CalibrationError(
-            f"{place}: no usable column among {', '.join(columns[:12]) or 'none'}; rename them to 'text', to "
-            "'prompt' and 'completion', or to 'messages'."
-        )
-    rows = [checked for number, row in numbered if (checked := _check_row(place, number, row, form)) is not None]
-    if not rows:
-        raise CalibrationError(f"{place}: {' and '.join(form)} of every row is empty; name a file with text in it.")
-    return rows
-
-
-def _check_row(place: str, number: int, row: dict[str, Any], form: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the row with its form's columns alone; None where it has no text."""
-    kept: dict[str, Any] = {}
-    for column in form:
-        value = row.get(column)
-        if column == "messages" and value is not None:
-            kept[column] = _check_messages(f"{place}: row {number}", value)
-        elif value is None:
-            kept[column] = [] if column == "messages" else ""
+    is_hub = file.startswith("hub:")
+    raw = _read_hub(place, file, limit) if is_hub else _read_file(place, Path(file), limit)
+    rows, numbers, left_out, num_ambiguous = [], [], Counter[str](), 0
+    for number, row in islice(raw, limit):
+        try:
+            found, num_forms = check_row(f"{place}: row {number}", row, is_filled=is_hub or file.endswith(".parquet"))
+        except RecursionError as error:
+            raise CalibrationError(f"{place}: row {number}: its values lie too deep in one another; cut it.") from error
+        num_ambiguous += num_forms > 1
+        if found is None:
+            left_out[EMPTY] += 1
         else:
-            kept[column] = _check_text(f"{place}: row {number}: '{column}'", value)
-    texts = [message["content"] for message in kept["messages"]] if form == ("messages",) else list(kept.values())
-    return kept if any(text.strip() for text in texts) else None
+            rows.append(found)
+            numbers.append(number)
+    if not rows and not left_out:
+        raise CalibrationError(f"{place}: holds no rows; name a file with text in it.")
+    if not rows:
+        raise CalibrationError(f"{place}: the text of every row is empty; name a file with text in it.")
+    return TaskRows(name, file, rows, numbers, left_out, num_ambiguous)
 
 
-def _check_messages(place: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise CalibrationError(f"{place}: 'messages' is not a list of objects with 'role' and 'content'.")
-    messages = []
-    for message in value:
-        if "role" not in message or "content" not in message:
-            raise CalibrationError(f"{place}: a message lacks 'role' or 'content'; each needs both.")
-        content = "" if message["content"] is None else message["content"]
-        messages.append(
-            {
-                key: _check_text(f"{place}: '{key}'", text)
-                for key, text in (("role", message["role"]), ("content", content))
-            }
-        )
-    return messages
-
-
-def _check_text(place: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(f"{place} is a {type(value).__name__}, not text; write it as a string.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{place} has half a surrogate pair at character {error.start}; remove it.") from error
-    return value
-
-
-Rows = Iterable[tuple[int, dict[str, Any]]]
+_Numbered = Iterable[tuple[int, dict[str, Any]]]
 """Rows with their number, counted from 1, or the line they stand on."""
 
 
-def _read_file(place: str, path: Path, limit: int | None) -> Rows:
+def _read_file(place: str, path: Path, limit: int | None) -> _Numbered:
     if path.suffix == ".parquet":
         return _read_parquet(place, path)
     try:
@@ -137,7 +147,7 @@ def _read_lines(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, _check_object(f"{place}:{number}", _decode(f"{place}:{number}", text))
 
 
-def _parse_json(place: str, path: Path, text: str, limit: int | None) -> Rows:
+def _parse_json(place: str, path: Path, text: str, limit: int | None) -> _Numbered:
     if not text.strip():
         return []
     try:
@@ -156,7 +166,7 @@ def _parse_json(place: str, path: Path, text: str, limit: int | None) -> Rows:
     return [(number, _check_object(f"{place}: row {number}", row)) for number, row in enumerate(value[:limit], 1)]
 
 
-def _parse_text(text: str) -> Rows:
+def _parse_text(text: str) -> _Numbered:
     text = text.replace("\r\n", "\n").strip("\n")
     documents = [document for document in re.split(r"\n(?:[ \t]*\n)+", text) if document.strip()]
     if len(documents) == 1:
@@ -175,7 +185,7 @@ def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
 
     most = max(_FREE_GROWTH_BYTES, _MOST_GROWTH * path.stat().st_size)
     try:
-        known = {column for form in FORMS for column in form}
+        known = set(COLUMNS)
         leaves = parquet.read_metadata(path).schema
         texts = [leaves.column(index) for index in range(len(leaves.names))]
         # a value that stands in many rows is held once
@@ -183,7 +193,8 @@ def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
         file = parquet.ParquetFile(path, read_dictionary=once)
         names = list(file.schema_arrow.names)
         # where no column is of use, all names are wanted for the error
-        columns = [name for name in names if name in known] or names
+        columns = [name for name in names if name in known]
+        columns = columns if any(set(form) <= set(columns) for form in FORMS) else names
         groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
         in_all = sum(
             group.column(index).total_uncompressed_size
@@ -194,7 +205,7 @@ def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
         number = seen_bytes = 0
         for part in file.iter_batches(256, columns=columns) if in_all <= most else ():
             for row in _rows_of(part):
-                seen_bytes += sum(len(value) for value in row.values() if isinstance(value, str))
+                seen_bytes += sum(map(len, strings_of(row)))
                 if seen_bytes > most:
                     break
                 number += 1
@@ -212,10 +223,10 @@ def _rows_of(part: Any) -> Iterator[dict[str, Any]]:
     """Yield a batch's rows one after another, so that no more than one is in memory."""
     columns = {name: part.column(name) for name in part.schema.names}
     for index in range(part.num_rows):
-        yield {name: column[index].as_py() for name, column in columns.items()}
+        yield {name: column[index].as_py(maps_as_pydicts="strict") for name, column in columns.items()}
 
 
-def _read_hub(place: str, file: str, limit: int | None) -> Rows:
+def _read_hub(place: str, file: str, limit: int | None) -> _Numbered:
     from datasets import load_dataset
 
     parts = file.removeprefix("hub:").split(":")

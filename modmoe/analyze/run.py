@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, toke
 from modmoe.analyze.memory import calibrates
 from modmoe.analyze.partition import Partition, check_num_modules, cut_layers, find_partitioner, save_partitions
 from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
+from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.score import SCORES, module_scores
 from modmoe.analyze.stream import Runner
 from modmoe.checkpoint import Checkpoint, resolve_source, write_json
@@ -49,7 +51,7 @@ class Source:
     classes: DenseClasses
     num_layers: int
     neurons: int
-    texts: dict[str, Any]
+    texts: dict[str, TaskRows]
     """The rows of each task."""
 
 
@@ -74,6 +76,8 @@ def open_source(
 
     With ``headers_only`` no weight is read, and values that are not finite are not found.
 
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """What was read of each task."""
     Raises the kinds of ModmoeError: an unusable checkpoint, an unknown family, values that are not finite, a number of
     modules that does not divide the neurons, unknown methods, task files that cannot be read.
     """
@@ -163,7 +167,9 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
     directory = source.checkpoint.directory
     runner = open_runner(recipe, source, scratch, progress)
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
-    batches = tokenize(recipe, source.texts, tokenizer, progress)
+    readings: dict[str, Reading] = {}
+    size = source.settings.get("vocab_size")
+    batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
     clusters = count_clusters(recipe)
     if len(batches) == 1 and clusters > 1:
         report = counter(progress, "clustering sequences, tokens", sum(tokens_by_task(batches).values()))
@@ -202,7 +208,7 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
         module_scores(recipe.assignment.score, profile, weights, partition)
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
-    return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM)
+    return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM, readings)
 
 
 def needs_gradients(recipe: Recipe) -> bool:
@@ -220,8 +226,20 @@ def count_clusters(recipe: Recipe) -> int:
     return recipe.partition.num_modules if recipe.partition.method == "gradient" else 1
 
 
-def tokenize(recipe: Recipe, texts: Mapping[str, Any], tokenizer: Any, progress: Progress) -> dict[str, list[Batch]]:
-    """Return the batches of each task's rows, as many tokens as the recipe's calibration says."""
+def tokenize(
+    recipe: Recipe,
+    texts: Mapping[str, TaskRows],
+    tokenizer: Any,
+    progress: Progress,
+    *,
+    num_embeddings: int | None = None,
+    readings: dict[str, Reading] | None = None,
+) -> dict[str, list[Batch]]:
+    """Return the batches of each task's rows, as many tokens as the recipe's calibration says.
+
+    ``num_embeddings`` is as for ``encode_tasks``; ``readings`` is filled with what is read, which then is told.
+        reading = Reading(rows, tokenizer, learns=False, length=calibration.sequence_length)
+    """
     calibration, batches = recipe.calibration, {}
     for number, (name, rows) in enumerate(texts.items()):
         progress("tokenizing, tasks", number, len(texts))
@@ -229,8 +247,14 @@ def tokenize(recipe: Recipe, texts: Mapping[str, Any], tokenizer: Any, progress:
             tokenizer,
             name,
             rows,
+            num_embeddings=num_embeddings,
+            reading=reading,
             tokens=calibration.tokens,
+        if readings is not None:
+            readings[name] = reading
             sequence_length=calibration.sequence_length,
+    for reading in (readings or {}).values():
+        reading.tell()
             batch_size=calibration.batch_size,
             seed=recipe.seed,
         )
@@ -316,6 +340,7 @@ def analyze(
         "num_modules": recipe.partition.num_modules,
         "module_size": source.neurons // recipe.partition.num_modules,
         "tasks": tokens_by_task(analysis.batches),
+        "read": summaries(analysis.readings),
     }
 
 

@@ -16,6 +16,8 @@ from modmoe.accounting import count_sizes, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
 from modmoe.analyze.calibration import load_task
 from modmoe.analyze.memory import calibrates
+from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.run import Progress, counter, save_recipe, silent, tokenize, tokens_by_task
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
 from modmoe.convert.expert_stats import ExpertStats, measure_experts
@@ -73,7 +75,7 @@ class _Source:
 
     checkpoint: Checkpoint
     blocks: list[MoEBlock]
-    texts: dict[str, Any]
+    texts: dict[str, TaskRows]
     num_experts: int
     """Experts that are to be left."""
     top_k: int
@@ -124,7 +126,8 @@ def reduce_experts(
     for line in source.warnings:
         LOG.warning("%s", line)
     with ranks.open_first_output(output, overwrite=overwrite, size_bytes=tensor_bytes(source.checkpoint)) as directory:
-        stats = _measure(recipe, source, progress)
+        readings: dict[str, Reading] = {}
+        stats = _measure(recipe, source, progress, readings)
         choices = [choose(stats[block.layer], recipe.experts, recipe.seed + block.layer) for block in source.blocks]
         if not ranks.is_first():
             return {"output": str(output)}
@@ -150,6 +153,7 @@ def reduce_experts(
             **inspect(str(directory)),
             **_about(recipe, source),
             "output": str(output),
+            "read": summaries(readings),
             "layers": layers,
             "verified": prove(reduced, directory),
         }
@@ -196,9 +200,12 @@ def _load(recipe: Recipe, source: _Source, **options: Any) -> Any:
     return model
 
 
-def _measure(recipe: Recipe, source: _Source, progress: Progress) -> dict[int, ExpertStats]:
+def _measure(
+    recipe: Recipe, source: _Source, progress: Progress, readings: dict[str, Reading]
+) -> dict[int, ExpertStats]:
     tokenizer = load_tokenizer(source.checkpoint.directory, trust_remote_code=recipe.trust_remote_code)
-    batches = tokenize(recipe, source.texts, tokenizer, progress)
+    size = source.checkpoint.config.get("vocab_size")
+    batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
     progress("opening the model whole")
     return measure_experts(
         _load(recipe, source, device=recipe.device),

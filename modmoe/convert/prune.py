@@ -34,6 +34,7 @@ from modmoe.accounting import dense_neurons, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import Stage
 from modmoe.analyze.profile import ActivationProfile, save_profiles
+from modmoe.analyze.reading import summaries
 from modmoe.analyze.run import (
     Analysis,
     Progress,
@@ -148,6 +149,7 @@ def prune(
             **inspect(str(directory)),
             **_about(recipe, source, count),
             "output": str(output),
+            "read": summaries(analysis.readings),
             "verified": verified,
         }
         progress("putting it on the disk")

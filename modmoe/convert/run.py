@@ -19,6 +19,7 @@ from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import ByLayer
 from modmoe.analyze.bylayer import fits as has_room
 from modmoe.analyze.memory import calibrates
+from modmoe.analyze.reading import summaries
 from modmoe.analyze.run import (
     Analysis,
     Progress,
@@ -123,6 +124,7 @@ def convert(
         result = {
             **inspect(str(directory)),
             "output": str(output),
+            "read": summaries(analysis.readings),
             "routers": [{"agreement": fit.start.agreement, "chance": fit.start.chance} for fit in fits],
             "verified": verified,
         }

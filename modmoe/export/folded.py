@@ -22,6 +22,7 @@ from modmoe.adapters.base import RoutedAdapter
 from modmoe.adapters.methods import METHODS
 from modmoe.adapters.peft import fold_into
 from modmoe.analyze.calibration import Batch, load_task, token_batches
+from modmoe.analyze.reading import Reading
 from modmoe.checkpoint import CheckpointWriter
 from modmoe.errors import ExportError
 from modmoe.export.adapters import (
@@ -247,18 +248,23 @@ def _adapter_of(site: Site) -> RoutedAdapter:
 
 def _read_tasks(source: Source, tasks: Mapping[str, str]) -> dict[str, list[Batch]]:
     tokenizer = load_tokenizer(source.directory, trust_remote_code=source.trust_remote_code)
-    return {
-        name: token_batches(
+    batches = {}
+    for name, file in tasks.items():
+        rows = load_task(name, file)
+        reading = Reading(rows, tokenizer, learns=False, length=SEQUENCE_LENGTH)
+        batches[name] = token_batches(
             tokenizer,
             name,
-            load_task(name, file),
+            rows,
             tokens=TOKENS,
             sequence_length=SEQUENCE_LENGTH,
             batch_size=BATCH_SIZE,
             seed=0,
+            num_embeddings=source.base.config.get("vocab_size"),
+            reading=reading,
         )
-        for name, file in tasks.items()
-    }
+        reading.tell()
+    return batches
 
 
 def _widest(source: Source) -> torch.dtype | None:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,120 +14,18 @@ import torch
 from torch import Tensor
 
 from modmoe.analyze.calibration import load_task
-from modmoe.errors import CalibrationError, RecipeError, reason_of
+from modmoe.analyze.encoding import EncodedRow, encode_tasks
+from modmoe.analyze.reading import Reading
+from modmoe.errors import RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOG = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token whose prediction does not count, as in torch and transformers."""
 _CHUNK_ROWS = 1000
 _ROWS = 2**40
 """More than a task can have; a marked token's number is the task's times this, and the row's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row of a task as tokens."""
-
-    input_ids: list[int]
-    """Tokens, begun as the tokenizer begins a text."""
-    counted: list[bool]
-    """Whether the prediction of a token counts; never that of the first."""
-    num_bytes: list[int]
-    """UTF-8 bytes of the text that each token adds."""
-
-    def cut(self, length: int) -> Row:
-        """Return the first ``length`` tokens."""
-        return Row(input_ids=self.input_ids[:length], counted=self.counted[:length], num_bytes=self.num_bytes[:length])
-
-
-def encode_row(row: Mapping[str, Any], tokenizer: Any, *, end: bool = False) -> Row:
-    """Return a row as tokens, whole.
-
-    What counts: all of a text, the completion of a prompt, the assistant's turns of messages (all, where there are
-    none). Messages go through the tokenizer's chat template; without one they become lines
-    of "role: content".
-
-    Args:
-        row: with ``text``, ``prompt`` and ``completion``, or ``messages``.
-        tokenizer: of transformers. One without offsets (not a fast one) is measured by decoding token by token.
-        end: add the end-of-text token to a completion, so that a model learns to stop. A text gets none: where a file's
-            text ends says little.
-    """
-    text, spans = _text_and_spans(row, tokenizer)
-    bos = getattr(tokenizer, "bos_token", None)
-    # a chat template writes the first token itself; a second one would be text that the model never saw
-    special = not (bos and text.startswith(bos))
-    ids, offsets = _tokenize(text, tokenizer, special)
-    counted, num_bytes, reached = [], [], 0
-    for number, (start, stop) in enumerate(offsets):
-        counted.append(number > 0 and any(start < span[1] and span[0] < stop for span in spans))
-        # counted from where the last token ended: tokenizers leave out spaces, and split a character's bytes
-        num_bytes.append(len(text[reached:stop].encode()) if stop > reached else 0)
-        reached = max(reached, stop)
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if end and "completion" in row and eos is not None and ids and ids[-1] != eos:
-        ids, counted, num_bytes = [*ids, int(eos)], [*counted, True], [*num_bytes, 0]
-    return Row(input_ids=ids, counted=counted, num_bytes=num_bytes)
-
-
-def _tokenize(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    if getattr(tokenizer, "is_fast", False):
-        made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-        return list(made["input_ids"]), [(int(start), int(stop)) for start, stop in made["offset_mapping"]]
-    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-    offsets, reached = [], 0
-    for token in ids:
-        length = len(tokenizer.decode([token], skip_special_tokens=True))
-        offsets.append((reached, reached + length))
-        reached += length
-    return ids, offsets
-
-
-def _text_and_spans(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Return a row's text and the ranges of its characters that count."""
-    if "messages" in row:
-        return _chat(row["messages"], tokenizer)
-    if "prompt" in row:
-        prompt = str(row["prompt"])
-        text = prompt + str(row["completion"])
-        return text, [(len(prompt), len(text))]
-    text = str(row["text"])
-    return text, [(0, len(text))]
-
-
-def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-
-    def write(upto: int, *, opened: bool = False) -> str:
-        if has_template:
-            try:
-                return str(tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=opened))
-            except Exception as error:  # a template is a program, and raises what it likes
-                raise CalibrationError(
-                    f"tasks: the tokenizer's chat template refuses a row of {len(turns)} messages: {reason_of(error)}; "
-                    "mend the row or the template."
-                ) from error
-        lines = [f"{turn['role']}: {turn['content']}" for turn in turns[:upto]]
-        return "\n".join([*lines, "assistant: "] if opened else lines)
-
-    text = write(len(turns))
-    spans = []
-    for number, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            # a template may write a conversation's beginning in another way than the whole; what they share is sure
-            start = _shared(text, write(number, opened=True)) if number else 0
-            spans.append((start, _shared(text, write(number + 1))))
-    return text, spans or [(0, len(text))]
-
-
-def _shared(text: str, other: str) -> int:
-    """Return how many leading characters two texts share."""
-    length = min(len(text), len(other))
-    return next((place for place in range(length) if text[place] != other[place]), length)
 
 
 def training_set(
@@ -139,6 +38,8 @@ def training_set(
     experts: Sequence[str] | None = None,
     packing: bool = False,
     marked: bool = False,
+    num_embeddings: int | None = None,
+    readings: dict[str, Reading] | None = None,
 ) -> Dataset:
     """Return sequences of tokens to train on: all tasks' rows mixed in an order drawn from ``seed``.
 
@@ -151,14 +52,16 @@ def training_set(
         seed: of the order.
         experts: names of the experts where each row is read by that of its task's name; else None.
         packing: lay several rows into one sequence (TRL's best-fit decreasing); ``seq_lengths`` then tells them apart.
-
         marked: say of each token in ``row_ids`` which row it is from, for ``rows_of``.
+        num_embeddings: rows of the model's embeddings; a token beyond them is refused.
+        readings: filled with what is read of each task.
 
     Columns: ``input_ids``, ``labels`` and, with ``experts``, ``expert_ids``, a number for each token.
 
     Raises:
         RecipeError: a task's name is no expert's.
-        CalibrationError: a file cannot be read, or no row has a token that counts.
+        CalibrationError: a file cannot be read, or no row of a task has a token that counts.
+        CheckpointError: the tokenizer is of no use to the model.
     """
     from datasets import Dataset, concatenate_datasets
     from trl.data_utils import pack_dataset
@@ -170,65 +73,77 @@ def training_set(
                     f"tasks.{name}: is no expert of this model, which is routed by task; its experts are "
                     f"{', '.join(experts)}."
                 )
-    sources = {name: load_task(name, file) for name, file in tasks.items()}
-    owners = [(name, number) for name, source in sources.items() for number in range(len(source))]
+    names, sources = list(tasks), [load_task(name, file) for name, file in tasks.items()]
+    read = [Reading(source, tokenizer, learns=True, length=sequence_length) for source in sources]
+    if readings is not None:
+        readings.update(zip(names, read, strict=True))
+    for reading in read:
+        if not reading.can_learn:
+            reading.check()
+    owners = [(task, index) for task, source in enumerate(sources) for index in range(len(source))]
     order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [owners[place] for place in order if read[owners[place][0]].is_wanted(owners[place][1])]
+    encoded = encode_tasks(tokenizer, sources, chosen, end=True, num_embeddings=num_embeddings)
     chunks: list[Dataset] = []
     rows: list[dict[str, list[int]]] = []
-    num_rows = num_tokens = num_dropped = 0
-    for place in order:
-        if (num_tokens >= num_sequences * sequence_length) if packing else (num_rows >= num_sequences):
-            break
-        name, number = owners[place]
-        made = _sequences(sources[name][number], tokenizer, sequence_length)
-        num_dropped += not made
-        for row in made:
-            columns = _columns(row, None if experts is None else experts.index(name))
-            if marked:
-                columns["row_ids"] = [_ROWS * list(tasks).index(name) + number] * len(row.input_ids)
-            rows.append(columns)
-            num_rows += 1
-            num_tokens += len(row.input_ids)
-        if len(rows) >= _CHUNK_ROWS:
-            chunks.append(Dataset.from_list(rows))
-            rows = []
+    num_rows = num_tokens = 0
+    with contextlib.closing(encoded):  # type: ignore[type-var]
+        while (num_tokens < num_sequences * sequence_length) if packing else (num_rows < num_sequences):
+            if (whole := next(encoded, None)) is None:
+                # all rows were tried
+                for reading in read:
+                    reading.check()
+                break
+            pieces = _pieces(whole, "text" in sources[whole.task][whole.index], tokenizer, sequence_length)
+            read[whole.task].add(
+                whole, counted=sum(sum(piece.counted) for piece in pieces), tokens=sum(map(len, _ids(pieces)))
+            )
+            for piece in pieces:
+                columns = _columns(piece, None if experts is None else experts.index(names[piece.task]))
+                if marked:
+                    number = sources[piece.task].numbers[piece.index]
+                    columns["row_ids"] = [_ROWS * piece.task + number] * len(piece.input_ids)
+                rows.append(columns)
+                num_rows += 1
+                num_tokens += len(piece.input_ids)
+            if len(rows) >= _CHUNK_ROWS:
+                chunks.append(Dataset.from_list(rows))
+                rows = []
     if rows:
         chunks.append(Dataset.from_list(rows))
-    if not chunks:
-        raise CalibrationError(
-            f"tasks: no row of {', '.join(tasks)} has a token to learn from within {sequence_length} tokens; raise "
-            "finetune.sequence_length."
-        )
-    if num_dropped:
-        LOG.info("%d rows have nothing to learn from within %d tokens and are left out", num_dropped, sequence_length)
     dataset = concatenate_datasets(chunks)
     return pack_dataset(dataset, sequence_length, "bfd", {"keep_in_memory": True}) if packing else dataset
 
 
 def rows_of(dataset: Dataset, sequences: Sequence[int], tasks: Sequence[str]) -> dict[str, list[int]]:
-    """Return which rows of each task lie in some sequences of a marked training set; rows count from 1."""
+    """Return which rows of each task lie in some sequences of a marked training set, by their number in the file."""
     found: dict[str, set[int]] = {}
     for sequence in sequences:
         for row_id in dataset[int(sequence)]["row_ids"]:
             task, number = divmod(row_id, _ROWS)
-            found.setdefault(tasks[task], set()).add(number + 1)
+            found.setdefault(tasks[task], set()).add(number)
     return {task: sorted(numbers) for task, numbers in found.items()}
 
 
-def _sequences(row: Mapping[str, Any], tokenizer: Any, sequence_length: int) -> list[Row]:
-    whole = encode_row(row, tokenizer, end=True)
+def _pieces(whole: EncodedRow, is_text: bool, tokenizer: Any, sequence_length: int) -> list[EncodedRow]:
+    """Return a row as sequences that have something to learn from."""
     pieces = [whole.cut(sequence_length)]
-    if "text" in row and len(whole.input_ids) > sequence_length:
+    if is_text and len(whole.input_ids) > sequence_length:
         bos = getattr(tokenizer, "bos_token_id", None)
         head = whole.input_ids[:1] if bos is not None and whole.input_ids[0] == bos else []
         step = max(1, sequence_length - len(head))
         for start in range(sequence_length, len(whole.input_ids), step):
             ids = head + whole.input_ids[start : start + step]
-            pieces.append(Row(input_ids=ids, counted=[False] + [True] * (len(ids) - 1), num_bytes=[0] * len(ids)))
+            counted = [False] + [True] * (len(ids) - 1)
+            pieces.append(dataclasses.replace(whole, input_ids=ids, counted=counted, num_bytes=[0] * len(ids)))
     return [piece for piece in pieces if any(piece.counted)]
 
 
-def _columns(row: Row, expert: int | None) -> dict[str, list[int]]:
+def _ids(pieces: Sequence[EncodedRow]) -> list[list[int]]:
+    return [piece.input_ids for piece in pieces]
+
+
+def _columns(row: EncodedRow, expert: int | None) -> dict[str, list[int]]:
     labels = [token if counts else IGNORED for token, counts in zip(row.input_ids, row.counted, strict=True)]
     made = {"input_ids": row.input_ids, "labels": labels}
     return made if expert is None else {**made, "expert_ids": [expert] * len(labels)}

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel
 
 from modmoe.analyze import ranks
 from modmoe.analyze.calibration import load_task
-from modmoe.errors import CalibrationError, RecipeError, did_you_mean
-from modmoe.finetune.data import IGNORED, Collator, Row, encode_row
+from modmoe.analyze.encoding import EncodedRow, encode_rows
+from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.rows import TaskRows
+from modmoe.errors import RecipeError, did_you_mean
+from modmoe.finetune.data import IGNORED, Collator
 from modmoe.finetune.losses import token_losses
 from modmoe.loading import load, load_tokenizer
 from modmoe.modeling.modeling_modmoe import ModularMixin
@@ -43,7 +46,7 @@ def evaluate(
     """Measure a checkpoint on each task's text, as ``modmoe eval --json`` prints it.
 
     Returns ``tasks: {NAME: {loss, perplexity, bits_per_byte, tokens, tokens_per_second}}``, and more where rows have a
-    prompt, see ``evaluate_model``.
+    prompt, see ``evaluate_model``; and ``read``, what ``source`` read of each task.
     Processes that torchrun or accelerate launch started share the batches; all get the same, but for the speed's noise.
     With a ``baseline``, measured on the same rows with its own tokenizer, ``baseline`` holds the same for it, and each
     task has ``ratio``, its loss over the baseline's.
@@ -53,7 +56,9 @@ def evaluate(
         CheckpointError, CalibrationError: a model or a file cannot be read.
     """
 
-    def measure(place: str, expert: str | None) -> dict[str, dict[str, float]]:
+    readings: dict[str, Reading] = {}
+
+    def measure(place: str, expert: str | None, read: dict[str, Reading] | None) -> dict[str, dict[str, float]]:
         if progress is not None:
             progress(f"loading {place}")
         model = load(place, trust_remote_code=trust_remote_code, device=device)
@@ -68,15 +73,17 @@ def evaluate(
             expert=expert,
             seed=seed,
             progress=progress,
+            readings=read,
         )
 
-    found = measure(source, expert)
+    found = measure(source, expert, readings)
+    read = summaries(readings)
     if baseline is None:
-        return {"tasks": found}
-    wanted = measure(baseline, None)
+        return {"tasks": found, "read": read}
+    wanted = measure(baseline, None, None)
     for name, numbers in found.items():
         numbers["ratio"] = numbers["loss"] / wanted[name]["loss"] if wanted[name]["loss"] else math.inf
-    return {"tasks": found, "baseline": wanted}
+    return {"tasks": found, "baseline": wanted, "read": read}
 
 
 def evaluate_model(
@@ -90,12 +97,14 @@ def evaluate_model(
     expert: str | None = None,
     seed: int = 0,
     progress: Callable[..., None] | None = None,
+    readings: dict[str, Reading] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a model in memory on each task's text; it is left as it was.
 
     What counts is every token of a text but its first, the completion of a prompt, and the assistant's turns of
-    messages. Rows are cut to ``sequence_length`` tokens and drawn in an order from ``seed`` until ``tokens`` of them
-    count. A sequence router decides anew every ``routing_chunk`` tokens here, also where a prompt is known.
+    messages, as ``modmoe.analyze.encoding.encode_tasks`` tells; rows without any of it are left out. Rows are cut to
+    ``sequence_length`` tokens and drawn in an order from ``seed`` until ``tokens`` of them count. A sequence router
+    decides anew every ``routing_chunk`` tokens here, also where a prompt is known.
 
     Args:
         model: a dense or tied causal LM.
@@ -108,6 +117,7 @@ def evaluate_model(
             the task's name where the model is routed by task.
         seed: of the order of the rows.
         progress: called with a message, the tokens read and the tokens in all.
+        readings: filled with what is read of each task, which then is told too.
 
     Returns, for each task, ``loss`` in nats a counted token, ``perplexity``, ``bits_per_byte`` of the counted text in
     UTF-8, ``tokens`` counted, and ``tokens_per_second`` of the forward passes, counted or not, without padding. Where
@@ -121,8 +131,12 @@ def evaluate_model(
     for name in tasks:
         expert_of(model, name, expert)  # before the first task has taken its time
     results = {}
+    size = model.get_input_embeddings().weight.shape[0]
     for name, file in tasks.items():
-        rows = _draw(name, file, tokenizer, tokens, sequence_length, seed)
+        rows, read = _draw(load_task(name, file), tokenizer, tokens, sequence_length, seed, size)
+        if readings is not None:
+            readings[name] = read
+            read.tell()
         with reading(model, expert_of(model, name, expert)):
             report = None if progress is None else partial(progress, f"measuring {name}, tokens")
             results[name] = _measure(model, tokenizer, rows, batch_size, report)
@@ -200,33 +214,31 @@ def _tied_in(model: Any) -> Any:
     return base if isinstance(base, ModularMixin) else None
 
 
-def _draw(name: str, file: str, tokenizer: Any, tokens: int, sequence_length: int, seed: int) -> list[Row]:
-    dataset = load_task(name, file)
-    rows: list[Row] = []
-    total = 0
-    for number in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
-        row = encode_row(dataset[number], tokenizer).cut(sequence_length)
-        counted = sum(row.counted)
-        if not counted:
-            continue
-        if rows and total + counted > tokens:
-            break
-        rows.append(row)
-        total += counted
-    if not rows:
-        raise CalibrationError(
-            f"tasks.{name}: {file}: no row has a token to predict within {sequence_length} tokens; raise "
-            "--sequence-length or name other text."
-        )
+def _draw(
+    rows: TaskRows, tokenizer: Any, tokens: int, sequence_length: int, seed: int, num_embeddings: int
+) -> tuple[list[EncodedRow], Reading]:
+    """Return rows to measure, shortest first, and what was read."""
+    reading = Reading(rows, tokenizer, learns=True, length=sequence_length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = [index for index in order if reading.is_wanted(index)]
+    drawn: list[EncodedRow] = []
+    encoded = encode_rows(tokenizer, rows, wanted, longest=sequence_length, num_embeddings=num_embeddings)
+    with contextlib.closing(encoded):  # type: ignore[type-var]
+        for row in encoded:
+            if drawn and reading.num_counted + sum(row.counted) > tokens:
+                break
+            if reading.add(row):
+                drawn.append(row)
+    reading.check()
     # rows of like length go together, so that little is padded
-    return sorted(rows, key=lambda row: len(row.input_ids))
+    return sorted(drawn, key=lambda row: len(row.input_ids)), reading
 
 
 @torch.no_grad()
 def _measure(
     model: PreTrainedModel,
     tokenizer: Any,
-    rows: list[Row],
+    rows: list[EncodedRow],
     batch_size: int,
     report: Callable[[int, int], None] | None,
 ) -> dict[str, float]:
@@ -277,7 +289,7 @@ def _measure(
     }
 
 
-def _labels(row: Row) -> list[int]:
+def _labels(row: EncodedRow) -> list[int]:
     return [token if counts else IGNORED for token, counts in zip(row.input_ids, row.counted, strict=True)]
 
 

@@ -22,6 +22,7 @@ from trl.trainer.sft_config import SFTConfig
 from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
 from modmoe.analyze.memory import names_what_to_lower
+from modmoe.analyze.reading import Reading, summaries
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, read_config, resolve_source, write_json
 from modmoe.convert.code import check_auto_map, own_files, write_code
@@ -102,7 +103,7 @@ def _say_what_is_left(error: BaseException, states: Path) -> None:
     left = all_states(states)
     if not left and is_marked(states):
         clear(states)
-    elif not isinstance(error, DivergedError):
+    elif left and not isinstance(error, DivergedError):
         # what is to be lowered would make it another run
         where = " where there is more memory" if is_out_of_memory(error.__cause__ or error) else ""
         error.add_note(f"Training up to step {step_of(left[-1])} is kept in {states}; go on with --resume{where}.")
@@ -144,14 +145,19 @@ def _run(
         seed=recipe.seed,
         experts=model.config.expert_names if is_routed_by_task(model) else None,
         packing=packing,
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
     )
-    dataset = read()
+    readings: dict[str, Reading] = {}
+    dataset = read(readings=readings)
+    for reading in readings.values():
+        reading.tell()
     found = find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
     step = int(ranks.from_first(torch.tensor(0 if found is None else step_of(found))))
     state = states / f"checkpoint-{step}" if step else None
     tasks: dict[str, dict[str, float]] = {}
+    eval_readings: dict[str, Reading] = {}
     if eval_tasks:
-        before = _losses(model, tokenizer, eval_tasks, recipe, progress)
+        before = _losses(model, tokenizer, eval_tasks, recipe, progress, eval_readings)
         tasks = {name: {"before": loss} for name, loss in before.items()}
     total = model.num_parameters()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -210,6 +216,8 @@ def _run(
         "parameters": sizes,
         "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]},
         **({"tasks": tasks} if tasks else {}),
+        "read": summaries(readings),
+        **({"read_eval": summaries(eval_readings)} if tasks else {}),
     }
     if ranks.is_first():
         # a state keeps its entries' keys sorted, so that these are to the byte what an unbroken run has
@@ -295,7 +303,12 @@ def training_arguments(states: Path, recipe: Recipe, device: torch.device, width
 
 
 def _losses(
-    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, str], recipe: Recipe, progress: Any
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: dict[str, str],
+    recipe: Recipe,
+    progress: Any,
+    readings: dict[str, Reading] | None = None,
 ) -> dict[str, float]:
     found = evaluate_model(
         model,
@@ -306,6 +319,7 @@ def _losses(
         batch_size=recipe.finetune.batch_size,
         seed=recipe.seed,
         progress=progress,
+        readings=readings,
     )
     return {name: numbers["loss"] for name, numbers in found.items()}
 

@@ -246,9 +246,10 @@ def check_rows(ending: str, data: bytes, rows: Any) -> None:
     if ending != ".jsonl":
         return
     lines = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-    texts = [line if isinstance(line, str) else line.get("text") for line in lines]
-    if rows.column_names == ["text"]:
+    if all(isinstance(line, str) or not {"prompt", "completion", "messages"} & set(line) for line in lines):
+        texts = [line if isinstance(line, str) else line.get("text") for line in lines]
         assert [row["text"] for row in rows] == [text for text in texts if text is not None and text.strip()]
+    assert rows.num_in_file == len(lines)
 
 
 def test_bounds_of_a_line(tmp_path: Path) -> None:

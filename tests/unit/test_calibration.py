@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, render, token_batches
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
+from modmoe.analyze.encoding import encode_row
+from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.run import silent, tokenize
 from modmoe.analyze.stream import WholeModel
 from modmoe.errors import CalibrationError
@@ -28,6 +30,14 @@ def write(directory: Path, name: str, content: str | bytes) -> str:
     return str(path)
 
 
+def texts_of(rows: TaskRows) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+def task(rows: list[dict[str, Any]]) -> TaskRows:
+    return TaskRows("t", "t.jsonl", rows, range(1, len(rows) + 1))
+
+
 def lines(rows: list[dict[str, Any]]) -> str:
     return "\n".join(json.dumps(row) for row in rows)
 
@@ -41,23 +51,26 @@ def test_jsonl_json_and_parquet_give_the_same_rows(tmp_path: Path, rows: list[di
     files.append(write(tmp_path, "lines.json", lines(extra)) if len(extra) > 1 else files[0])
     Dataset.from_list(extra).to_parquet(str(tmp_path / "a.parquet"))
     for file in [*files, str(tmp_path / "a.parquet")]:
-        assert load_task("t", file).to_list() == rows, file
+        assert list(load_task("t", file)) == rows, file
         assert len(load_task("t", file, limit=1)) == 1
 
 
 def test_a_text_file_is_cut_at_blank_lines_or_joined_into_passages(tmp_path: Path) -> None:
-    documents = load_task("t", write(tmp_path, "a.txt", "one\ntwo\r\n\r\n \nthree\n"))["text"]
-    assert list(documents) == ["one\ntwo", "three"]
+    documents = texts_of(load_task("t", write(tmp_path, "a.txt", "one\ntwo\r\n\r\n \nthree\n")))
+    assert documents == ["one\ntwo", "three"]
     flat = "\n".join(f"line {number} of some length" for number in range(300))
-    passages = load_task("t", write(tmp_path, "b.txt", flat))["text"]
+    passages = texts_of(load_task("t", write(tmp_path, "b.txt", flat)))
     assert "\n".join(passages) == flat
     assert len(passages) > 1
     assert max(map(len, passages)) <= 2000
 
 
-def test_strings_in_a_list_are_text_and_blank_rows_are_dropped(tmp_path: Path) -> None:
+def test_strings_in_a_list_are_text_and_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     file = write(tmp_path, "a.json", json.dumps(["x", "  ", {"text": None}, "y"]))
-    assert list(load_task("t", file)["text"]) == ["x", "y"]
+    rows = load_task("t", file)
+    assert texts_of(rows) == ["x", "y"]
+    assert list(rows.numbers) == [1, 4]
+    assert dict(rows.left_out) == {"the row is empty": 2}
 
 
 @pytest.mark.parametrize(
@@ -100,18 +113,20 @@ def test_a_name_that_leads_nowhere_is_said_in_one_line(file: str, said: str) -> 
         load_task("t", file)
 
 
-def test_render_uses_the_template_where_there_is_one() -> None:
+def test_messages_go_through_the_template_where_there_is_one() -> None:
     tok = tokenizer()
-    assert render(PAIR[0], tok) == "1+1=2"
-    assert render(TALK[0], tok) == "user: hi\nassistant: ho"
+
+    def text(row: dict[str, Any]) -> str:
+        return str(tok.decode(encode_row(row, tok).input_ids))
+
+    assert text(PAIR[0]) == "1+1=2"
+    assert text(TALK[0]) == "user: hi\nassistant: ho"
     tok.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    assert render(TALK[0], tok) == "<s>[user]hi[assistant]ho"
+    assert text(TALK[0]) == "<s>[user]hi[assistant]ho"
 
 
 def test_batches_are_cut_padded_on_the_right_and_stop_in_time() -> None:
-    from datasets import Dataset
-
-    rows = Dataset.from_list([{"text": "x" * length} for length in range(1, 40)])
+    rows = task([{"text": "x" * length} for length in range(1, 40)])
     settings: dict[str, Any] = {"tokens": 100, "sequence_length": 16, "batch_size": 3}
     batches = token_batches(tokenizer(), "t", rows, **settings, seed=3)
     again = token_batches(tokenizer(), "t", rows, **settings, seed=3)
@@ -129,46 +144,39 @@ def test_batches_are_cut_padded_on_the_right_and_stop_in_time() -> None:
 
 @pytest.mark.parametrize(("wanted", "is_said"), [(40, False), (4000, True)])
 def test_little_text_is_pointed_out(wanted: int, is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
-    from datasets import Dataset
-
     recipe = Recipe(calibration=CalibrationRecipe(tokens=wanted, sequence_length=8))
-    texts = {"maths": Dataset.from_list([{"text": "one two three four five six"}] * 8)}
+    texts = {"maths": task([{"text": "one two three four five six"}] * 8)}
     with caplog.at_level("INFO", logger="modmoe"):
         tokenize(recipe, texts, tokenizer(), silent)
     assert [record.getMessage().startswith("maths: only ") for record in caplog.records] == [True] * is_said
 
 
 def test_a_template_that_writes_the_first_token_does_not_get_a_second() -> None:
-    from datasets import Dataset
     from tokenizers.processors import TemplateProcessing
 
     tok = tokenizer()
     tok.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     settings: dict[str, Any] = {"tokens": 10, "sequence_length": 16, "batch_size": 1, "seed": 0}
-    plain = token_batches(tok, "t", Dataset.from_list([{"text": "ab"}]), **settings)
+    plain = token_batches(tok, "t", task([{"text": "ab"}]), **settings)
     assert plain[0].input_ids_BT[0].tolist().count(256) == 1
     tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    talk = token_batches(tok, "t", Dataset.from_list(TALK), **settings)
+    talk = token_batches(tok, "t", task(TALK), **settings)
     assert talk[0].input_ids_BT[0].tolist().count(256) == 1
 
 
 def test_a_template_that_refuses_a_row_is_said_in_one_line() -> None:
-    from datasets import Dataset
-
     tok = tokenizer()
     tok.chat_template = "{{ raise_exception('no such\nrole') }}"
-    with pytest.raises(CalibrationError, match=r"tasks\.t: the chat template refuses row 1: no such role"):
-        token_batches(tok, "t", Dataset.from_list(TALK), tokens=5, sequence_length=4, batch_size=1, seed=0)
+    with pytest.raises(CalibrationError, match=r"tasks\.t: t\.jsonl: row 1: the chat template refuses its messages: no such role"):
+        token_batches(tok, "t", task(TALK), tokens=5, sequence_length=4, batch_size=1, seed=0)
 
 
 def test_no_tokens_at_all_is_an_error() -> None:
-    from datasets import Dataset
+    def none(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[]] * len(texts)}
 
-    def none(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": []}
-
-    with pytest.raises(CalibrationError, match="finds no tokens in its 1 rows"):
-        token_batches(none, "t", Dataset.from_list(PAIR), tokens=5, sequence_length=4, batch_size=1, seed=0)
+    with pytest.raises(CalibrationError, match="no row has anything to read"):
+        token_batches(none, "t", task(PAIR), tokens=5, sequence_length=4, batch_size=1, seed=0)
 
 
 def test_clusters_keep_every_sequence_and_part_two_kinds_of_text() -> None:
