@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modmoe.modeling.routing_modmoe import sequence_features
+from modmoe.modeling.sequences_modmoe import sequence_features
 
 from .attach import Site
 from .base import Kind, RoutedAdapter, SiteShape

@@ -26,7 +26,8 @@ from modmoe.analyze.stream import Runner
 from modmoe.errors import CalibrationError
 from modmoe.ffn import FFNWeights
 from modmoe.modeling.modular_ffn import ModularFFN
-from modmoe.modeling.routing_modmoe import sequence_features
+from modmoe.modeling.routing_modmoe import pass_of
+from modmoe.modeling.sequences_modmoe import sequence_features
 
 MOST_TOKENS = 1536
 """Of all tasks together: one pass of one batch, a small part of what calibration reads."""
@@ -100,12 +101,8 @@ def view_routing(
     batch, rows, is_held_out = _draw(texts, tokenizer, read or {}, seed, size)
     tasks = tuple(texts)
     layers: dict[int, _Layer] = {}
-    model: Any = runner.model
-    state = model.routing_state
-    named = state.expert_ids, state.expert
     with _watching(runner.model, ffns, members_EM, batch, rows, tasks, layers), torch.no_grad():
         runner.logits(batch)
-    state.expert_ids, state.expert = named
     found = [layers[layer] for layer in sorted(layers)]
     is_routed = found[0].certainty is not None
     samples = []
@@ -153,10 +150,10 @@ def _draw(
             tokenizer,
             name,
             tokens=max(_ROW_TOKENS, MOST_TOKENS // len(texts) - _ROW_TOKENS),
-            num_embeddings=num_embeddings,
             sequence_length=_ROW_TOKENS,
             batch_size=MOST_TOKENS,
             seed=seed,
+            num_embeddings=num_embeddings,
         )
         try:
             found = draw(dataset.select(order[read.get(name, 0) :]))[0]
@@ -194,7 +191,8 @@ def _watching(
         if ffn.router is None:
             names = ffn.state.expert_names
             expert_P = torch.tensor([names.index(task) if task in names else 0 for task in tasks])
-            ffn.state.expert, ffn.state.expert_ids = None, expert_P[rows]
+            run = pass_of(ffn.state, args[0])
+            run.expert_ids_N = expert_P[rows].repeat_interleave(run.shape[1])
 
     def behind(ffn: ModularFFN, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0]
@@ -218,11 +216,12 @@ def _watching(
 def _choices(ffn: ModularFFN, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the experts that a tied FFN chooses and its router's probabilities, if it has one."""
     x_ND = x.reshape(-1, x.shape[-1])
-    named_N = ffn.state.named_experts(len(x_ND), x_ND.device)
+    run = pass_of(ffn.state, x)
+    named_N = run.named_experts(len(x_ND), x_ND.device)
     if named_N is not None:
         return named_N[:, None], None
     assert ffn.router is not None
-    features_ND = sequence_features(ffn.state, ffn.layer, x, ffn.chunk) if ffn.routing == "sequence" else x_ND
+    features_ND = sequence_features(run, ffn.layer, x, ffn.chunk) if ffn.routing == "sequence" else x_ND
     probs_NE = ffn.router(features_ND).float().softmax(-1)
     return probs_NE.topk(ffn.top_k).indices, probs_NE
 

@@ -16,7 +16,15 @@ from modmoe.loading import own_code
 
 CONFIGURATION = "configuration_modmoe.py"
 MODELING = "modeling_modmoe.py"
-CODE_FILES = (CONFIGURATION, MODELING, "modular_ffn.py", "routing_modmoe.py", "ways_modmoe.py")
+CODE_FILES = (
+    CONFIGURATION,
+    MODELING,
+    "generation_modmoe.py",
+    "modular_ffn.py",
+    "routing_modmoe.py",
+    "sequences_modmoe.py",
+    "ways_modmoe.py",
+)
 """What ``modmoe/modeling`` gives to every tied checkpoint."""
 PACKED = "packed_modmoe.py"
 """What it gives to a packed export: one file, over an architecture of transformers."""

@@ -12,13 +12,18 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .configuration_modmoe import config_class
+from .generation_modmoe import methods_over
 from .modular_ffn import ModularFFN
-from .routing_modmoe import RoutingState, begin_pass
+from .routing_modmoe import Recording, RoutingState, begin_pass, check_expert_ids, end_pass, in_this_pass, run_of
+from .sequences_modmoe import check_prompt, find_valid, follow_cache
 
 WAYS = ("auto", "masked", "runs", "gather")
 """The ways of computing FFNs that ``set_ffn_way`` takes."""
@@ -51,6 +56,7 @@ class ModularMixin:
         backbone.routing_state = self.routing_state
         backbone.routing_parameters = list(inspect.signature(backbone.forward).parameters)
         backbone.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+        backbone.register_forward_hook(_end_pass, always_call=True)
 
     def set_expert(self, expert: str | int | None) -> None:
         """Send every token to one expert, by name or number; None lets the router decide again."""
@@ -74,12 +80,10 @@ class ModularMixin:
 
     @contextlib.contextmanager
     def record_router_logits(self) -> Iterator[dict[int, Tensor]]:
-        """Keep each pass's router logits_TE; read them by layer from ``routing_state.logits``."""
-        self.routing_state.is_recording = True
-        try:
-            yield self.routing_state.logits
-        finally:
-            self.routing_state.is_recording = False
+        """Keep router logits_NE, by layer, of the last pass that this thread ran in the ``with`` block."""
+        with Recording() as logits:
+            self.routing_state.logits = logits
+            yield logits
 
     def set_ffn_way(self, way: str) -> None:
         """Choose how FFNs are computed; the result is the same to rounding.
@@ -111,17 +115,38 @@ class ModularMixin:
             if isinstance(module, ModularFFN) and not module.membership.is_meta:
                 module.check_ranking()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Mark the prefill as the prompt, so that a sequence router reads all of it and keeps its choice."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        if self.config.routing == "sequence":
-            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            if kwargs.get("is_first_iteration", False):
-                self._prompt_tokens = tokens.shape[1]
-                inputs["routing_prompt"] = tokens.shape[1]
-            elif inputs.get("past_key_values") is None:
-                inputs["routing_prompt"] = getattr(self, "_prompt_tokens", 0)
-        return inputs
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Refuse a checkpoint that does not say what the experts are: others at random would go unnoticed."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        ours = [name for name, module in self.named_modules() if isinstance(module, ModularFFN)]
+        own = tuple(f"{name}.{part}" for name in ours for part in ("membership", "router.", "means"))
+        missing = sorted(key for key in loading_info.missing_keys if key.startswith(own))
+        if missing:
+            raise ValueError(
+                f"'{missing[0]}' is missing in the checkpoint, of {len(missing)} tensors that say what the experts are "
+                "and how they are chosen; fetch it again, or convert again."
+            )
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> Any:
+        """Have each layer recomputed in the pass that it belongs to."""
+        found = super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        for module in self.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and getattr(function, "func", None) is not in_this_pass:
+                module._gradient_checkpointing_func = functools.partial(in_this_pass, function)  # type: ignore[assignment]
+        return found
+
+    def initialize_weights(self) -> None:
+        """Give values to what has none yet; the backbone inside passes over what is not of its family."""
+        assert isinstance(self, nn.Module)
+        ffns = [module for module in self.modules() if isinstance(module, ModularFFN)]
+        waiting = [ffn for ffn in ffns if not getattr(ffn, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[misc]
+        for ffn in waiting:
+            if not ffn.membership.is_meta:
+                ffn.init_own(getattr(self.config, "initializer_range", None) or 0.02)
 
 
 def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -130,41 +155,108 @@ def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     A hook of the backbone rather than of the model with its head, since some trainers call the backbone alone.
     """
     config = backbone.config
-    expert_ids, prompt_tokens = kwargs.pop("expert_ids", None), kwargs.pop("routing_prompt", None) or 0
+    run = begin_pass(backbone.routing_state)
+    expert_ids, prompt = kwargs.pop("expert_ids", None), kwargs.pop("routing_prompt", None)
     given = {**dict(zip(backbone.routing_parameters, args, strict=False)), **kwargs}
     tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        # the family says so better than we could
+        return args, kwargs
+    run.shape = (tokens.shape[0], tokens.shape[1])
+    asked = kwargs.pop("output_router_logits", None)
+    if getattr(config, "output_router_logits", False) if asked is None else asked:
+        run.is_asked = True
+        run.logits = {} if run.logits is None else run.logits
+    if expert_ids is not None:
+        run.expert_ids_N = check_expert_ids(expert_ids, run.shape, config.num_experts)
+    if config.routing != "sequence":
+        return args, kwargs
     cache, use_cache = given.get("past_key_values"), given.get("use_cache")
     use_cache = config.use_cache if use_cache is None else use_cache
-    is_sequence = config.routing == "sequence"
-    if is_sequence and cache is None and use_cache and not backbone.training:
+    is_recomputed = backbone.training and getattr(backbone, "is_gradient_checkpointing", False)
+    if cache is None and use_cache and not backbone.training:
         # made here rather than in the dense model, since what the router keeps goes with it
         cache = kwargs["past_key_values"] = DynamicCache(config=config)
-    begin_pass(
-        backbone.routing_state,
-        tokens=given["inputs_embeds"] if tokens is None else tokens,
-        attention_mask=given.get("attention_mask"),
-        position_ids=given.get("position_ids"),
-        cache=cache,
-        expert_ids=expert_ids,
-        prompt_tokens=int(prompt_tokens),
-        needs_positions=is_sequence,
-    )
+    run.prompt_tokens = check_prompt(prompt, run.shape)
+    run.valid_BT = find_valid(given.get("attention_mask"), cache, run.shape)
+    run.position_BT = given.get("position_ids")
+    if hasattr(cache, "get_seq_length") and not is_recomputed:
+        run.memory = follow_cache(cache, is_marked=run.is_marked)
+        if run.is_marked and not torch.compiler.is_compiling() and not getattr(cache, "is_compileable", False):
+            cache.modmoe_prompt = (cache.get_seq_length(), run.prompt_tokens)
     return args, kwargs
 
 
-def _with_keywords(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a dense forward that says it takes ``expert_ids`` and ``routing_prompt`` too; see ``_begin_pass``."""
+def _end_pass(backbone: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """End the pass, also where it was broken off."""
+    run = run_of(backbone.routing_state)
+    logits = run.logits if run is not None and run.is_asked and output is not None else None
+    hidden = output[0] if output else None
+    end_pass(backbone.routing_state, hidden if isinstance(hidden, Tensor) else None)
+    if logits is None:
+        return None
+    router_logits = tuple(logits[layer] for layer in sorted(logits))
+    if isinstance(output, tuple):
+        return (*output, router_logits)
+    return MoeModelOutputWithPast(**output, router_logits=router_logits)
+
+
+def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a dense forward that takes ``expert_ids``, ``routing_prompt`` and ``output_router_logits`` too.
+
+    What they say is the backbone's to hear, see ``_begin_pass``; a causal LM puts the router logits in its own output.
+    """
+    signature, keyword = inspect.signature(forward), inspect.Parameter.KEYWORD_ONLY
+    names = list(signature.parameters)[1:]
 
     @functools.wraps(forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        asked = kwargs.get("output_router_logits")
+        asked = getattr(self.config, "output_router_logits", False) if asked is None else asked
+        if not asked or not hasattr(self, self.base_model_prefix):
+            return forward(self, *args, **kwargs)
+        as_given = kwargs.pop("return_dict", None)
+        with Recording() as logits:
+            output = forward(self, *args, **{**kwargs, "return_dict": True})
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        found = _with_router_logits(self.config, output, logits, given.get("attention_mask"))
+        return found if (self.config.return_dict if as_given is None else as_given) else found.to_tuple()
 
-    signature, keyword = inspect.signature(forward), inspect.Parameter.KEYWORD_ONLY
     parameters = list(signature.parameters.values())
     last = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    added = [inspect.Parameter(name, keyword, default=None) for name in ("expert_ids", "routing_prompt")]
-    routed.__signature__ = signature.replace(parameters=[*parameters, *added, *last])  # type: ignore[attr-defined]
+    added = ("expert_ids", "routing_prompt", "output_router_logits")
+    more = [inspect.Parameter(name, keyword, default=None) for name in added if name not in signature.parameters]
+    routed.__signature__ = signature.replace(parameters=[*parameters, *more, *last])  # type: ignore[attr-defined]
     return routed
+
+
+def _with_router_logits(config: Any, output: Any, logits: dict[int, Tensor], mask: Any) -> MoeCausalLMOutputWithPast:
+    """Return a causal LM's output with router logits_NE by layer, and the balance loss if config has its factor."""
+    router_logits = tuple(logits[layer] for layer in sorted(logits))
+    found = MoeCausalLMOutputWithPast(**output, router_logits=router_logits)
+    factor = getattr(config, "router_aux_loss_coef", None)
+    if factor is None or not router_logits:
+        return found
+    batch, tokens = output.logits.shape[0], len(router_logits[0]) // output.logits.shape[0]
+    is_of_keys = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
+    aux_loss = load_balancing_loss_func(
+        router_logits, config.num_experts, config.num_experts_per_tok, mask[:, -tokens:] if is_of_keys else None
+    )
+    found.aux_loss = aux_loss
+    if found.loss is not None:
+        found.loss = found.loss + factor * aux_loss.to(found.loss.device)
+    return found
+
+
+def _with_signature(method: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that says it takes what another does, for who looks."""
+
+    @functools.wraps(other)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
 _MADE: dict[type, type] = {}
@@ -180,18 +272,19 @@ def model_class(base: type) -> type:
             self.post_init()
 
         made = config_class(base.config_class)  # type: ignore[attr-defined]
-        _MADE[base] = type(
-            f"ModMoE{base.__name__}",
-            (ModularMixin, base),
-            {
-                "__module__": __name__,
-                "__doc__": f"{base.__name__} with FFNs whose experts share modules.",
-                "__init__": __init__,
-                "forward": _with_keywords(base.forward),  # type: ignore[attr-defined]
-                "config_class": made,
-                "__annotations__": {"config": made},
-            },
-        )
+        content: dict[str, Any] = {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} with FFNs whose experts share modules.",
+            "__init__": __init__,
+            "forward": _routed(base.forward),  # type: ignore[attr-defined]
+            "config_class": made,
+            "__annotations__": {"config": made},
+        }
+        old, new = base._set_gradient_checkpointing, ModularMixin._set_gradient_checkpointing  # type: ignore[attr-defined]
+        content["_set_gradient_checkpointing"] = _with_signature(new, old)
+        if hasattr(base, "generate"):
+            content |= methods_over(base)
+        _MADE[base] = type(f"ModMoE{base.__name__}", (ModularMixin, base), content)
         globals()[_MADE[base].__name__] = _MADE[base]
     return _MADE[base]
 

@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .routing_modmoe import RoutingState, sequence_features
+from .routing_modmoe import RoutingState, pass_of
+from .sequences_modmoe import sequence_features
 from .ways_modmoe import Layout, by_runs, compiled_gather, gather_token, lanes_of, run_tokens
 
 
@@ -51,7 +53,7 @@ class ModularFFN(nn.Module):
     ranking: Tensor
 
     def __init__(self, config: Any, layer: int, state: RoutingState) -> None:
-        """Make the layer that ``config`` describes; ``state`` is shared by all layers of a model."""
+        """Make the layer that ``config`` describes; ``state``, the settings, is shared by all layers of a model."""
         super().__init__()
         width, stored = config.hidden_size, config.stored_modules[layer]
         neurons = stored * config.module_size
@@ -73,10 +75,33 @@ class ModularFFN(nn.Module):
         self.left_out_means = int(config.left_out_means)
         means_shape = (stored + self.left_out_means, width)
         self.means = nn.Parameter(torch.zeros(means_shape)) if config.compensation else None
-        self.register_buffer("membership", torch.ones(config.num_experts, stored, dtype=torch.bool))
-        ranking_ER = torch.arange(config.modules_per_expert, dtype=torch.int32).repeat(config.num_experts, 1)
+        ranking_ER, membership_ES = self._first_experts(config.modules_per_expert)
+        self.register_buffer("membership", membership_ES)
         self.register_buffer("ranking", ranking_ER)
         self._layouts: dict[int | None, Layout] = {}
+
+    def _first_experts(self, each: int) -> tuple[Tensor, Tensor]:
+        """Return ``ranking`` and ``membership`` of a model that was not converted: shared modules, then each its share.
+
+        An expert's share begins where that of the expert before ends, around and around.
+        """
+        shared, stored = min(self.shared_modules, each), self.stored_modules
+        expert_E1, place_R = torch.arange(self.num_experts).unsqueeze(1), torch.arange(each)
+        others_ER = shared + (expert_E1 * (each - shared) + place_R - shared) % max(1, stored - shared)
+        ranking_ER = torch.where(place_R < shared, place_R, others_ER).clamp_max(stored - 1)
+        membership_ES = torch.zeros(self.num_experts, stored).scatter(1, ranking_ER, 1.0)
+        return ranking_ER.to(torch.int32), membership_ES.bool()
+
+    def init_own(self, std: float) -> None:
+        """Give the router, the means and the tables their first values, but for what is loaded."""
+        ranking_ER, membership_ES = self._first_experts(self.ranking.shape[1])
+        init.copy_(self.ranking, ranking_ER)
+        init.copy_(self.membership, membership_ES)
+        self._layouts.clear()
+        if self.means is not None:
+            init.zeros_(self.means)
+        if self.router is not None and hasattr(self.router, "weight"):
+            init.normal_(self.router.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
@@ -86,7 +111,7 @@ class ModularFFN(nn.Module):
             y_TD = self.down_proj(self._hidden(x_TD))
         else:
             way = self._way(x_TD)
-            if way == "runs" and state.expert is not None and state.expert_ids is None:
+            if way == "runs" and state.expert is not None and pass_of(state, x).expert_ids_N is None:
                 y_TD = self._one_expert(x_TD, state.expert)
             else:
                 ids_TK, weights_TK = self._choose(x, x_TD)
@@ -102,7 +127,8 @@ class ModularFFN(nn.Module):
 
     def _choose(self, x: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the chosen experts ids_TK and their weights_TK (probabilities; normalised over K for ``sum``)."""
-        named_T = self.state.named_experts(x_TD.shape[0], x_TD.device)
+        run = pass_of(self.state, x)
+        named_T = run.named_experts(x_TD.shape[0], x_TD.device)
         if named_T is not None:
             return named_T[:, None], torch.ones_like(named_T[:, None], dtype=x_TD.dtype)
         if self.router is None:
@@ -117,19 +143,19 @@ class ModularFFN(nn.Module):
             x, x_TD = x.detach(), x_TD.detach()
         features_TD = x_TD
         if self.routing == "sequence":
-            kept = self.state.kept_choice(self.layer)
+            kept = run.kept_choice(self.layer)
             if kept is not None:
                 return kept
-            features_TD = sequence_features(self.state, self.layer, x, self.chunk)
+            features_TD = sequence_features(run, self.layer, x, self.chunk)
         logits_TE = self.router(features_TD)
-        self.state.record(self.layer, logits_TE)
+        run.record(self.layer, logits_TE)
         probs_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
         weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
         if is_weighted:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         weights_TK = weights_TK.to(x_TD.dtype)
         if self.routing == "sequence":
-            self.state.keep_choice(self.layer, ids_TK, weights_TK)
+            run.keep_choice(self.layer, ids_TK, weights_TK)
         return ids_TK, weights_TK
 
     def coefficients(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:

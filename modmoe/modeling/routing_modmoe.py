@@ -1,19 +1,30 @@
-"""What the layers of one model share while it runs: named experts, where sequences begin, what was chosen before."""
+"""What the layers of one model share while it runs: settings of its owner, and what each call says and remembers.
 
-# Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, E experts, K chosen at once
+RoutingState   settings of the model: they hold for every call until they are changed.
+Pass           one call: named experts, where sequences begin, what was chosen before. A thread runs a pass of its
+               own, so that calls at the same time know nothing of each other.
+"""
+
+# Shapes: B batch, T tokens (of one sequence), N tokens of all of them in a row, E experts, K chosen at once
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .sequences_modmoe import SequenceMemory
+
 
 @dataclass
 class RoutingState:
-    """The routing of the forward pass under way. Kept until the next one begins, so that recomputation finds it."""
+    """The settings of a model by its owner, shared by all its layers. What one call says is in its ``Pass``."""
 
     expert_names: list[str]
     """Names of the experts, for errors."""
@@ -25,165 +36,219 @@ class RoutingState:
     """The modules of each expert that count, its best; None is all of them."""
     all_on: bool = False
     """Every stored module counts, whatever the router says: the dense model."""
-    is_recording: bool = False
-    """Whether router logits are kept for losses and reports."""
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """Where ``record_router_logits`` has them put, by layer."""
+    waiting: Any = field(default_factory=weakref.WeakSet, repr=False, compare=False)
+    """Passes whose gradients are still to come, as far as recomputed layers would need to know of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to passes: a copy of a model has made none."""
+        return {**self.__dict__, "logits": {}, "waiting": None}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """Take over the settings."""
+        self.__dict__.update(values, waiting=weakref.WeakSet())
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward run of the model's backbone."""
+
+    settings: RoutingState
+    """The model's."""
     shape: tuple[int, int] = (0, 0)
-    """Sequences and tokens of each in the pass under way."""
-    expert_ids: Tensor | None = None
-    """Experts named for this pass alone, [B] or [B, T]."""
+    """Sequences and tokens of each."""
+    expert_ids_N: Tensor | None = None
+    """The expert that the caller named for each token."""
     position_BT: Tensor | None = None
     """Position of each token in its document."""
     valid_BT: Tensor | None = None
     """False at padding."""
-    prompt_tokens: int = 0
-    """Leading tokens that the caller marked as the prompt."""
+    prompt_tokens: int | Tensor = 0
+    """Leading tokens that are the prompt, or which tokens are, [B, T]; 0 where none is marked."""
     memory: dict[int, SequenceMemory] | None = None
     """What sequence routing keeps with the cache, by layer."""
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    """Router logits_TE of the pass, by layer, while recording."""
+    logits: dict[int, Tensor] | None = None
+    """Where router logits_NE go, by layer, if they are recorded."""
+    is_asked: bool = False
+    """Whether the output is to have the router logits."""
+    before: Pass | None = None
+    """The pass that this one began in, if a model runs inside of another."""
 
-    def record(self, layer: int, logits_TE: Tensor) -> None:
+    def record(self, layer: int, logits_NE: Tensor) -> None:
         """Keep logits once a pass; recomputation in the backward pass does not change them."""
-        if self.is_recording and layer not in self.logits:
-            self.logits[layer] = logits_TE
+        if self.logits is not None and layer not in self.logits:
+            self.logits[layer] = logits_NE
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether a prompt is marked in this pass."""
+        return isinstance(self.prompt_tokens, Tensor) or self.prompt_tokens > 0
 
     def kept_choice(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Return the experts and weights of each token, [T, K], where a prompt fixed them and no one asks for more."""
+        """Return the experts and weights of each token, [N, K], where a prompt fixed them and no one asks for more."""
         memory = None if self.memory is None else self.memory.get(layer)
-        if memory is None or memory.choice_BK is None or self.prompt_tokens:
+        if memory is None or memory.choice_BK is None or self.is_marked:
             return None
         ids_BK, weights_BK = memory.choice_BK
         batch, tokens = self.shape
-        if len(ids_BK) != batch or self.is_recording or torch.is_grad_enabled():
+        if len(ids_BK) != batch or self.logits is not None or torch.is_grad_enabled():
             return None
         if tokens == 1:
             return ids_BK, weights_BK
         return ids_BK.repeat_interleave(tokens, 0), weights_BK.repeat_interleave(tokens, 0)
 
-    def keep_choice(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    def keep_choice(self, layer: int, ids_NK: Tensor, weights_NK: Tensor) -> None:
         """Keep with the cache what a prompt fixed, so that tokens after it need no router."""
         memory = None if self.memory is None else self.memory.get(layer)
         batch, tokens = self.shape
         if memory is not None and memory.is_fixed and len(memory.feature_BD) == batch:
-            memory.choice_BK = (ids_TK[::tokens].clone(), weights_TK.detach()[::tokens].clone())
+            memory.choice_BK = (ids_NK[::tokens].clone(), weights_NK.detach()[::tokens].clone())
 
     def named_experts(self, tokens: int, device: torch.device) -> Tensor | None:
         """Return the expert named for each of ``tokens``, or None where the router decides."""
-        if self.expert_ids is not None:
-            ids = self.expert_ids.to(device)
-            return ids.reshape(-1) if ids.dim() == 2 else ids.repeat_interleave(tokens // ids.shape[0])
-        if self.expert is not None:
-            return torch.full((tokens,), self.expert, dtype=torch.long, device=device)
+        if self.expert_ids_N is not None:
+            return self.expert_ids_N.to(device)
+        if self.settings.expert is not None:
+            return torch.full((tokens,), self.settings.expert, dtype=torch.long, device=device)
         return None
 
 
-@dataclass
-class SequenceMemory:
-    """What one layer's sequence router remembers of the tokens in the cache."""
+class _Thread(threading.local):
+    """What runs in a thread; a context variable would be the same, but compilers cannot trace one."""
 
-    feature_BD: Tensor
-    """What the router last read."""
-    sum_BD: Tensor
-    """Sum of the FFN's inputs so far."""
-    count_B: Tensor
-    """Tokens in the sum."""
-    is_fixed: bool
-    """The choice was made by a marked prompt and stays."""
-    choice_BK: tuple[Tensor, Tensor] | None = None
-    """The experts of each sequence and their weights, once fixed."""
+    run: Pass | None = None
+    """The pass under way."""
+    recorder: dict[int, Tensor] | None = None
+    """Where the passes of this thread record their router logits."""
 
 
-def sequence_features(state: RoutingState, layer: int, x: Tensor, chunk: int) -> Tensor:
-    """Return what a sequence router reads for each token, [B T, D]; never anything that comes later in the text.
+_THREAD = _Thread()
 
-    With a marked prompt: the mean over the prompt's tokens, kept with the cache. Otherwise text is cut into chunks of
-    ``chunk`` tokens; a chunk reads the mean of all before it, the first chunk the first token.
-    """
-    batch, tokens = state.shape
-    x_BTD = x.reshape(batch, tokens, -1)
-    valid_BT = state.valid_BT
-    valid_BT1 = (
-        torch.ones(batch, tokens, 1, device=x.device, dtype=torch.bool)
-        if valid_BT is None
-        else valid_BT.to(x.device).unsqueeze(-1)
-    )
-    high = torch.promote_types(x.dtype, torch.float32)
-    counted_BTD = torch.where(valid_BT1, x_BTD, 0).to(high)
-    memory = None if state.memory is None else state.memory.get(layer)
-    if memory is not None and memory.feature_BD.shape[0] != batch:
-        repeats = batch // memory.feature_BD.shape[0]
-        memory = SequenceMemory(
-            memory.feature_BD.repeat_interleave(repeats, 0),
-            memory.sum_BD.repeat_interleave(repeats, 0),
-            memory.count_B.repeat_interleave(repeats, 0),
-            memory.is_fixed,
+
+def run_of(settings: RoutingState) -> Pass | None:
+    """Return the pass of a model that is under way in this thread, if one is."""
+    run = _THREAD.run
+    return run if run is not None and run.settings is settings else None
+
+
+def pass_of(settings: RoutingState, x: Tensor) -> Pass:
+    """Return the pass that a layer of the model runs in; of its own accord a layer runs in one that says nothing."""
+    run = _THREAD.run
+    if run is not None and run.settings is settings:
+        return run
+    if not torch.compiler.is_compiling() and settings.waiting and _is_in_backward():
+        # a layer that is recomputed by other means than the model's own
+        waiting = list(settings.waiting)
+        if len(waiting) == 1:
+            found: Pass = waiting[0]
+            return found
+        raise RuntimeError(
+            f"a layer is recomputed in the backward pass, and the gradients of {len(waiting)} calls are to come: it "
+            "cannot be known which one it belongs to. Checkpoint with model.gradient_checkpointing_enable(), or go "
+            "backward after each call."
         )
-    if state.prompt_tokens:
-        head_BTD = counted_BTD[:, : state.prompt_tokens]
-        count_B1 = valid_BT1[:, : state.prompt_tokens].sum(1).clamp_min(1)
-        feature_BD = (head_BTD.sum(1) / count_B1).to(x.dtype)
-        if state.memory is not None:
-            state.memory[layer] = SequenceMemory(feature_BD, head_BTD.sum(1), count_B1.squeeze(-1), True)
-        return feature_BD.unsqueeze(1).expand(-1, tokens, -1).reshape(batch * tokens, -1)
-    if memory is not None and memory.is_fixed:
-        return memory.feature_BD.unsqueeze(1).expand(-1, tokens, -1).reshape(batch * tokens, -1)
-
-    start_BD = torch.zeros_like(counted_BTD[:, 0]) if memory is None else memory.sum_BD
-    past_B = torch.zeros(batch, dtype=torch.long, device=x.device) if memory is None else memory.count_B
-    position_BT = _positions(state, valid_BT1.squeeze(-1), past_B)
-    index_T = torch.arange(tokens, device=x.device)
-    # before_BTD[t] is the sum of all that lies before t; documents packed into one row are told apart by their start
-    before_BTD = torch.cat([start_BD.unsqueeze(1), start_BD.unsqueeze(1) + counted_BTD.cumsum(1)[:, :-1]], 1)
-    chunk_start_BT = index_T - position_BT % chunk
-    document_start_BT = index_T - position_BT
-    clamped_BT = chunk_start_BT.clamp_min(0)
-    at_chunk_BTD = _take(before_BTD, clamped_BT)
-    base_BTD = torch.where((document_start_BT >= 0).unsqueeze(-1), _take(before_BTD, document_start_BT.clamp_min(0)), 0)
-    length_BT1 = (position_BT - position_BT % chunk).unsqueeze(-1)
-    mean_BTD = (at_chunk_BTD - base_BTD) / length_BT1.clamp_min(1)
-    features_BTD = torch.where(length_BT1 > 0, mean_BTD.to(x.dtype), _take(x_BTD, clamped_BT))
-    if memory is not None:
-        features_BTD = torch.where((chunk_start_BT < 0).unsqueeze(-1), memory.feature_BD.unsqueeze(1), features_BTD)
-    if state.memory is not None:
-        state.memory[layer] = SequenceMemory(
-            features_BTD[:, -1], start_BD + counted_BTD.sum(1), past_B + valid_BT1.sum((1, 2)), False
-        )
-    return features_BTD.reshape(batch * tokens, -1)
+    return Pass(settings, (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1]))
 
 
-def _positions(state: RoutingState, valid_BT: Tensor, past_B: Tensor) -> Tensor:
-    if state.position_BT is not None:
-        return state.position_BT.to(valid_BT.device).expand(valid_BT.shape)
-    return (valid_BT.long().cumsum(1) - 1 + past_B.unsqueeze(1)).clamp_min(0)
+def _is_in_backward() -> bool:
+    # what torch.utils.checkpoint itself asks
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _take(source_BTD: Tensor, index_BT: Tensor) -> Tensor:
-    return source_BTD.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, source_BTD.shape[-1]))
+def begin_pass(settings: RoutingState) -> Pass:
+    """Begin a pass in this thread; ``end_pass`` ends it."""
+    run = _THREAD.run = Pass(settings, before=_THREAD.run, logits=_THREAD.recorder)
+    if run.logits is not None:
+        run.logits.clear()
+    return run
 
 
-def begin_pass(
-    state: RoutingState,
-    *,
-    tokens: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: Any,
-    expert_ids: Tensor | None,
-    prompt_tokens: int,
-    needs_positions: bool,
-) -> None:
-    """Note what the layers need to know about the forward pass that begins; ``tokens`` is input_ids or embeddings."""
-    state.logits = {}
-    state.expert_ids = expert_ids
-    state.shape = (tokens.shape[0], tokens.shape[1])
-    if not needs_positions:
+def end_pass(settings: RoutingState, output: Tensor | None) -> None:
+    """End the pass of this thread; ``output`` is a tensor that it made, with the graph that leads to it."""
+    run = _THREAD.run
+    if run is None or run.settings is not settings:
         return
-    state.prompt_tokens = min(prompt_tokens, tokens.shape[1])
-    state.valid_BT, state.position_BT = None, position_ids
-    if attention_mask is not None and attention_mask.dim() == 2:
-        state.valid_BT = attention_mask[:, -tokens.shape[1] :].bool()
-    state.memory = None
-    if cache is not None:
-        if not hasattr(cache, "modmoe_memory") or cache.get_seq_length() == 0:
-            cache.modmoe_memory = {}
-        state.memory = cache.modmoe_memory
+    _THREAD.run = run.before
+    run.before = run.logits = None
+    is_said = run.expert_ids_N is not None or run.position_BT is not None or run.valid_BT is not None
+    if is_said and output is not None and output.grad_fn is not None and not torch.compiler.is_compiling():
+        # it lives as long as the graph does
+        output.grad_fn.metadata["modmoe_pass"] = run
+        settings.waiting.add(run)
+
+
+class Within:
+    """Run what stands in the ``with`` block as part of a pass, or of none."""
+
+    def __init__(self, run: Pass | None) -> None:
+        """Take the pass."""
+        self.run = run
+
+    def __enter__(self) -> Pass | None:
+        """Begin."""
+        self.before, _THREAD.run = _THREAD.run, self.run
+        return self.run
+
+    def __exit__(self, *error: object) -> None:
+        """Go back to what ran before."""
+        _THREAD.run = self.before
+
+
+class Recording:
+    """Have the passes of this thread record router logits_NE by layer; each pass begins anew."""
+
+    def __enter__(self) -> dict[int, Tensor]:
+        """Begin."""
+        self.before = _THREAD.recorder
+        found: dict[int, Tensor] = {}
+        _THREAD.recorder = found
+        return found
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        _THREAD.recorder = self.before
+
+
+def in_this_pass(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint a layer so that its recomputation, in whatever thread and after whatever calls, is in this pass."""
+    if torch.compiler.is_compiling():
+        # a compiler traces the layer once, here, and what it recomputes is what it traced
+        return checkpoint(function, *args, **kwargs)
+    run = _THREAD.run
+
+    @functools.wraps(getattr(function, "func", function))
+    def layer(*inputs: Any, **others: Any) -> Any:
+        with Within(run):
+            return function(*inputs, **others)
+
+    return checkpoint(layer, *args, **kwargs)
+
+
+def check_expert_ids(expert_ids: Any, shape: tuple[int, int], experts: int) -> Tensor:
+    """Return ``expert_ids`` as a number for each token, [N]; ValueError where they are not what they must be.
+
+    A compiled model cannot look at values without waiting for the device: there a number out of range stops the
+    computation, with an error of torch's.
+    """
+    batch, tokens = shape
+    if not isinstance(expert_ids, Tensor):
+        raise ValueError(f"expert_ids: is of type {type(expert_ids).__name__}; it must be a tensor of whole numbers.")
+    if expert_ids.is_floating_point() or expert_ids.is_complex() or expert_ids.dtype == torch.bool:
+        raise ValueError(f"expert_ids: is of {expert_ids.dtype}; it must be of whole numbers, as torch.long.")
+    found = tuple(expert_ids.shape)
+    if found not in ((batch,), (batch, tokens)):
+        raise ValueError(
+            f"expert_ids: has the shape {found}; it must be {(batch,)}, one expert a sequence, or {(batch, tokens)}, "
+            "one a token."
+        )
+    ids_N = expert_ids.reshape(-1) if expert_ids.dim() == 2 else expert_ids.repeat_interleave(tokens)
+    if torch.compiler.is_compiling():
+        is_known = ((ids_N >= 0) & (ids_N < experts)).all()
+        torch._assert_async(is_known, f"expert_ids: a number is not between 0 and {experts - 1}.")
+    elif ids_N.numel() and ids_N.device.type != "meta":
+        least, most = ids_N.aminmax()
+        wrong = int(least) if int(least) < 0 else int(most)
+        if not 0 <= wrong < experts:
+            raise ValueError(f"expert_ids: there is no expert {wrong}; the model's are 0 to {experts - 1}.")
+    return ids_N.long()

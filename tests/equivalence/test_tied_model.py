@@ -9,6 +9,7 @@ import torch
 
 from modmoe.families import FAMILIES
 from modmoe.modeling.modular_ffn import ModularFFN
+from modmoe.modeling.routing_modmoe import Pass, Within
 from tests.planned import EXPERTS, NUM_MODULES, load_pair
 from tests.reference import tied_ffn
 from tests.tiny import token_ids, tokenizer
@@ -73,9 +74,6 @@ def test_runs_equal_masked_equal_the_loop_with_gradients(routed):
     """Outputs and gradients of every way, at sizes that do not divide evenly."""
     model = copy.deepcopy(routed)
     state, ffn = model.routing_state, ffns(model)[0]
-    state.shape, state.memory = (1, 23), None
-    state.position_BT = state.valid_BT = None
-    state.prompt_tokens = 0
     x_TD = torch.randn(23, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     probe_TD = torch.randn_like(x_TD)
 
@@ -171,12 +169,10 @@ def test_documents_packed_in_one_row_are_routed_apart(tmp_path):
     _, model = load_pair(tmp_path, routing="sequence", routing_chunk=4)
     ffn, state = ffns(model)[0], model.routing_state
     first_TD, second_TD = torch.randn(7, 32, dtype=torch.float64), torch.randn(10, 32, dtype=torch.float64)
-    state.valid_BT = state.memory = None
-    state.prompt_tokens = 0
 
     def run(x_TD, positions):
-        state.shape, state.position_BT = (1, len(x_TD)), torch.tensor([positions])
-        return ffn(x_TD)
+        with Within(Pass(state, (1, len(x_TD)), position_BT=torch.tensor([positions]))):
+            return ffn(x_TD)
 
     packed = run(torch.cat([first_TD, second_TD]), [*range(7), *range(10)])
     torch.testing.assert_close(packed[:7], run(first_TD, list(range(7))))

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modmoe.modeling import modular_ffn, ways_modmoe
 from modmoe.modeling.modular_ffn import ModularFFN
-from modmoe.modeling.routing_modmoe import RoutingState
+from modmoe.modeling.routing_modmoe import Pass, RoutingState, Within
+from modmoe.modeling.sequences_modmoe import SequenceMemory
 from modmoe.modeling.ways_modmoe import FEW_TOKENS, LEFT_ROWS, MANY_RUNS, Layout, by_runs, gather_token
 from tests.reference import modules_of, tied_ffn
 
@@ -63,7 +64,6 @@ def make_ffn(routing: str = "token", combine: str = "union", top_k: int = 1, **c
 
 
 def inputs(ffn: ModularFFN, tokens: int) -> Tensor:
-    ffn.state.shape = (1, tokens)
     return torch.randn(tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
 
 
@@ -319,22 +319,23 @@ def test_plans_cover_what_was_chosen_and_nothing_twice(seed: int, is_apart: bool
 
 def test_a_fixed_choice_needs_no_router_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn = make_ffn("sequence", "sum", 2)
-    state, x_TD = ffn.state, inputs(ffn, 6)
+    memory: dict[int, SequenceMemory] = {}
+    x_TD = inputs(ffn, 6)
     with torch.no_grad():
-        state.memory, state.prompt_tokens = {}, 4
-        ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
-        state.prompt_tokens, state.shape = 0, (1, 2)
-        again = ffn._choose(x_TD[:2], x_TD[:2])
-        state.is_recording = True
-        ffn._choose(x_TD[:2], x_TD[:2])
-        assert len(state.logits) == 1, "what is recorded needs the router"
-        state.is_recording = False
-        monkeypatch.setattr(ffn.router, "forward", None)
-        torch.testing.assert_close(ffn._choose(x_TD[:2], x_TD[:2]), again)
-        torch.testing.assert_close(again, (ids_TK[:2], weights_TK[:2]))
-        state.prompt_tokens = 2
-        with pytest.raises(TypeError):
+        with Within(Pass(ffn.state, (1, 6), prompt_tokens=4, memory=memory)):
+            ids_TK, weights_TK = ffn._choose(x_TD, x_TD)
+        with Within(Pass(ffn.state, (1, 2), memory=memory)) as run:
+            again = ffn._choose(x_TD[:2], x_TD[:2])
+            run.logits = {}
             ffn._choose(x_TD[:2], x_TD[:2])
+            assert len(run.logits) == 1, "what is recorded needs the router"
+            run.logits = None
+            monkeypatch.setattr(ffn.router, "forward", None)
+            torch.testing.assert_close(ffn._choose(x_TD[:2], x_TD[:2]), again)
+            torch.testing.assert_close(again, (ids_TK[:2], weights_TK[:2]))
+            run.prompt_tokens = 2
+            with pytest.raises(TypeError):
+                ffn._choose(x_TD[:2], x_TD[:2])
 
 
 def test_a_cut_expert_has_the_first_of_its_ranking() -> None:
