@@ -67,6 +67,8 @@ class Analysis:
     profiles: list[ActivationProfile]
     partitions: list[Partition]
     scores_PM: list[Tensor]
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """What was read of each task."""
 
 
 def open_source(
@@ -76,8 +78,6 @@ def open_source(
 
     With ``headers_only`` no weight is read, and values that are not finite are not found.
 
-    readings: dict[str, Reading] = field(default_factory=dict)
-    """What was read of each task."""
     Raises the kinds of ModmoeError: an unusable checkpoint, an unknown family, values that are not finite, a number of
     modules that does not divide the neurons, unknown methods, task files that cannot be read.
     """
@@ -238,27 +238,27 @@ def tokenize(
     """Return the batches of each task's rows, as many tokens as the recipe's calibration says.
 
     ``num_embeddings`` is as for ``encode_tasks``; ``readings`` is filled with what is read, which then is told.
-        reading = Reading(rows, tokenizer, learns=False, length=calibration.sequence_length)
     """
     calibration, batches = recipe.calibration, {}
     for number, (name, rows) in enumerate(texts.items()):
         progress("tokenizing, tasks", number, len(texts))
+        reading = Reading(rows, tokenizer, learns=False, length=calibration.sequence_length)
         batches[name] = token_batches(
             tokenizer,
             name,
             rows,
-            num_embeddings=num_embeddings,
-            reading=reading,
             tokens=calibration.tokens,
-        if readings is not None:
-            readings[name] = reading
             sequence_length=calibration.sequence_length,
-    for reading in (readings or {}).values():
-        reading.tell()
             batch_size=calibration.batch_size,
             seed=recipe.seed,
+            num_embeddings=num_embeddings,
+            reading=reading,
         )
+        if readings is not None:
+            readings[name] = reading
     progress("tokenizing, tasks", len(texts), len(texts))
+    for reading in (readings or {}).values():
+        reading.tell()
     for name, found in tokens_by_task(batches).items():
         if found < calibration.tokens // _FEW:
             LOG.info(
