@@ -41,7 +41,7 @@ _NO_MEMORY = 77
 _HEAD_BYTES = 9
 """A letter, which says what comes, and the number of bytes."""
 # only where the limits hold and a process with threads may fork
-_HAS_CHILDREN = sys.platform == "linux"
+HAS_CHILDREN = sys.platform == "linux"
 
 
 def in_bounds(
@@ -49,8 +49,8 @@ def in_bounds(
     *,
     place: str,
     remedy: str,
-    memory_bytes: int = MEMORY_BYTES,
-    item_seconds: float = ITEM_SECONDS,
+    memory_bytes: int | None = None,
+    item_seconds: float | None = None,
 ) -> Iterator[T]:
     """Yield what ``work()`` yields, run in a child process whose memory and processor time are limited.
 
@@ -65,15 +65,20 @@ def in_bounds(
         work: called in the child; its items are what JSON can hold, and tuples come back as lists.
         place: of what is read, the beginning of an error.
         remedy: the end of an error, without a full stop.
-        memory_bytes: that the child may take beside what is loaded.
-        item_seconds: of processor time for one item.
+        memory_bytes: that the child may take beside what is loaded; None is MEMORY_BYTES.
+        item_seconds: of processor time for one item; None is ITEM_SECONDS.
 
     Raises:
         ModmoeError: the work raised it: the same kind with the same words.
         CheckpointError: the work took too much memory or time, raised anything else, broke down, or yielded too much.
     """
-    words = _Words(place, remedy, memory_bytes, item_seconds)
-    return (_from_child if _HAS_CHILDREN else _in_process)(work, words)
+    words = _Words(
+        place,
+        remedy,
+        MEMORY_BYTES if memory_bytes is None else memory_bytes,
+        ITEM_SECONDS if item_seconds is None else item_seconds,
+    )
+    return (_from_child if HAS_CHILDREN else _in_process)(work, words)
 
 
 def call_in_bounds(work: Callable[[], T], **bounds: Any) -> T:

@@ -147,6 +147,11 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Return whether something failed, in Python or by a panic, and nobody asked to stop."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
 def reason_of(error: BaseException, most: int = 200) -> str:
     """Return what a library says of an error, its lines joined and cut to ``most`` characters, without a full stop."""
     text = " ".join(str(error).split()) or type(error).__name__

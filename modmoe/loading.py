@@ -21,8 +21,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modmoe.checkpoint import (
     ADAPTER_CONFIG,
-    INDEX,
-    SINGLE,
     Checkpoint,
     adapter_headers,
     is_adapter,
@@ -37,10 +35,17 @@ from modmoe.errors import (
     ModmoeError,
     RecipeError,
     did_you_mean,
+    is_failure,
     is_out_of_memory,
     reason_of,
 )
+from modmoe.implied import check_implied
+from modmoe.kinds.check import check_rows, check_vocabulary
+from modmoe.kinds.forms import find_form, has_weights
+from modmoe.kinds.headers import read_headers
+from modmoe.kinds.tokens import EMBEDDINGS, count_rows
 from modmoe.modeling import modeling_modmoe, packed_modmoe
+from modmoe.tokenizer_files import open_in_bounds
 
 TIED_PREFIX = "modmoe_"
 ADAPTED_PREFIX = "modmoe_adapters_"
@@ -129,7 +134,6 @@ def load(
         # transformers would load the base model that this file names, and not the weights that lie here
         raise CheckpointError(f"{directory}: holds a model and {ADAPTER_CONFIG}; take away the one that is not meant.")
     empty = skeleton(directory, trust_remote_code=trust_remote_code)
-    _check_sizes(checkpoint, empty)
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     with _transformers(directory, "load it"):
         kind: Any = type(empty)
@@ -152,10 +156,8 @@ def _transformers(directory: Path, doing: str) -> Iterator[None]:
     """Turn what transformers makes of a damaged or hostile file, any kind of error, into a CheckpointError."""
     try:
         yield
-    except ModmoeError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
+    except BaseException as error:
+        if isinstance(error, ModmoeError) or is_out_of_memory(error) or not is_failure(error):
             raise
         raise CheckpointError(f"{directory}: transformers cannot {doing}: {reason_of(error, 300)}.") from error
 
@@ -173,7 +175,8 @@ def read_settings(directory: Path, kind: Any = AutoConfig) -> Any:
 def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a checkpoint's model without values, from its config.json alone; own code is executed only if trusted.
 
-    Raises CheckpointError where no model can be made of it, or only with code that is not trusted.
+    Raises CheckpointError where no model can be made of it, or only with code that is not trusted; and where there are
+    weights that are not those of that model.
     """
     config = read_config(directory)
     _check_code(directory, config, trust_remote_code)
@@ -185,6 +188,12 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedM
     with _transformers(directory, "build it"), torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config if model_type is None else model_type
         made: PreTrainedModel = make(settings)
+    if has_weights(directory):
+        checkpoint = Checkpoint(directory)
+        _check_sizes(checkpoint, made)
+        check_implied(checkpoint, made)
+    elif (form := find_form(directory)) is not None:
+        raise CheckpointError(str(form))
     return made
 
 
@@ -195,8 +204,7 @@ _COUNT = re.compile(r"n_layers?|num_.*layers|num_.*blocks|depth")
 
 def _check_counts(directory: Path, config: dict[str, Any]) -> None:
     """Refuse more layers than there are tensors: transformers would make a list of them, and then the layers."""
-    has_weights = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
-    held = len(Checkpoint(directory)) if has_weights else _MOST_LAYERS
+    held = len(Checkpoint(directory)) if has_weights(directory) else _MOST_LAYERS
     waiting: list[dict[str, Any]] = [config]
     while waiting:
         for key, value in waiting.pop().items():
@@ -212,9 +220,7 @@ def _check_sizes(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
     """Refuse a configuration of a far larger model than the weights are of, before it is given memory."""
     wanted = sum(tensor.numel() for tensors in (empty.parameters(), empty.buffers()) for tensor in tensors)
     held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint)
-    # quantized weights hold up to 16 values in one
-    most = _SPARE + held * (32 if checkpoint.config.get("quantization_config") else 2)
-    if wanted > most:
+    if wanted > _SPARE + 2 * held:
         raise CheckpointError(
             f"{checkpoint.directory}/config.json: describes a model of {wanted:.3g} parameters, and the checkpoint has "
             f"{held:.3g}; one of the two is of another model."
@@ -235,10 +241,8 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
     except AdapterError as error:  # it knows its name in the model, and not where it came from
         raise AdapterError(f"{directory}: {error}") from error
-    except ModmoeError:
-        raise
-    except Exception as error:  # as with transformers, a damaged file comes to any kind of error
-        if is_out_of_memory(error):
+    except BaseException as error:  # as with transformers, a damaged file comes to any kind of error
+        if isinstance(error, ModmoeError) or is_out_of_memory(error) or not is_failure(error):
             raise
         raise CheckpointError(f"{directory}: peft cannot load it: {reason_of(error, 300)}.") from error
     return cast(PreTrainedModel, model.eval())
@@ -272,19 +276,39 @@ _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Load the tokenizer that lies beside a checkpoint, or the base model's; CheckpointError where there is none."""
-    directory = tokenizer_home(resolve_source(source, revision))
+    """Load the tokenizer that lies beside a checkpoint, or the base model's.
+
+    Raises CheckpointError where there is none, where the embeddings have no row for one of its tokens, or where what
+    its files come to breaks the bounds of a child process.
+    """
+    place = resolve_source(source, revision)
+    directory, rows = tokenizer_home(place), embedding_rows(place)
+    check_rows(directory, rows)
     config = {} if is_adapter(directory) else read_config(directory)
     if str(config.get("model_type", "")).startswith(TIED_PREFIX) and not own_code(config):
         # transformers asks for the configuration of the type, and warns where it knows none
         kind = _own_classes(directory, config)[1]
         AutoConfig.register(kind.model_type, kind, exist_ok=True)
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ModmoeError, MemoryError):
-        raise
-    except Exception as error:  # what stands in five files is read by two libraries, which raise any kind of error
-        raise CheckpointError(f"{directory}: no usable tokenizer: {reason_of(error)}.") from error
+
+    def read() -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except BaseException as error:  # what stands in five files is read by two libraries, which raise what they like
+            if isinstance(error, ModmoeError | MemoryError) or not is_failure(error):
+                raise
+            raise CheckpointError(f"{directory}: no usable tokenizer: {reason_of(error)}.") from error
+
+    tokenizer = open_in_bounds(directory, read, is_trusted=trust_remote_code)
+    check_vocabulary(directory, tokenizer, rows)
+    return tokenizer
+
+
+def embedding_rows(directory: Path) -> int | None:
+    """Return the rows of the embeddings of a model, or of that which an adapter is for; None where none are known."""
+    if not is_adapter(directory):
+        return count_rows(read_headers(directory))
+    trained = [shape[0] for name, (shape, _) in adapter_headers(directory).items() if name.endswith(EMBEDDINGS)]
+    return max(trained, default=None) or count_rows(read_headers(resolve_base(directory)))
 
 
 def own_code(config: dict[str, Any]) -> dict[str, str]:

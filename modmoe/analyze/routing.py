@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from modmoe.analyze.calibration import Batch, token_batches
 from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.stream import Runner
+from modmoe.bounded import call_in_bounds
 from modmoe.errors import CalibrationError
 from modmoe.ffn import FFNWeights
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import pass_of
 from modmoe.modeling.sequences_modmoe import sequence_features
+from modmoe.tokenizer_files import REMEDY, files_of
 
 MOST_TOKENS = 1536
 """Of all tasks together: one pass of one batch, a small part of what calibration reads."""
@@ -110,7 +112,7 @@ def view_routing(
         row = rows.index(number)
         length = int(batch.attention_mask_BT[row].sum())
         ids_LTK = torch.stack([layer.ids_BTK[row, :length] for layer in found])
-        pieces = split_text(tokenizer, batch.input_ids_BT[row, :length].tolist())
+        pieces = _split_in_bounds(tokenizer, batch.input_ids_BT[row, :length].tolist())
         samples.append(RoutedText(task=task, pieces=pieces, ids_LTK=ids_LTK))
     task_B = torch.tensor(rows)
     return RoutingView(
@@ -298,6 +300,12 @@ def dense_output(weights: FFNWeights, x_ND: Tensor, activation: Any) -> Tensor:
     else:
         hidden_NF = activation(product(weights.gate_FD, weights.gate_bias_F, x_ND)) * up_NF
     return product(weights.down_DF, weights.down_bias_D, hidden_NF)
+
+
+def _split_in_bounds(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return as ``split_text``, which runs what is written in a stranger's file."""
+    place, remedy = f"{files_of(tokenizer)}: decoder", REMEDY
+    return tuple(call_in_bounds(lambda: split_text(tokenizer, ids), place=place, remedy=remedy))
 
 
 def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

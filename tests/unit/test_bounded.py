@@ -92,7 +92,7 @@ def test_an_item_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_items_and_errors_arrive_as_they_were(
     has_children: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bounded, "_HAS_CHILDREN", has_children)
+    monkeypatch.setattr(bounded, "HAS_CHILDREN", has_children)
     values = [1, 2.5, None, "ü\ud800\n", [1, [2]], {"a": True}, list(range(100_000))]
 
     def work() -> Iterator[Any]:
