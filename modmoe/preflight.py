@@ -84,7 +84,7 @@ def check_places(
                 )
     check_output(output, overwrite=overwrite)
     if trains:
-        _check_states(beside[-1], overwrite=overwrite, resume=resume)
+        check_states(beside[-1], overwrite=overwrite, resume=resume)
     if report is not None:
         _check_report(report, target, beside, overwrite=overwrite, inputs=inputs)
 
@@ -110,7 +110,11 @@ def _holds(directory: Path, path: Path) -> bool:
     return any(parent.exists() and os.path.samefile(directory, parent) for parent in (path, *path.parents))
 
 
-def _check_states(states: Path, *, overwrite: bool, resume: bool) -> None:
+def check_states(states: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to train where states lie beside the output that a run would remove unasked; nothing is changed.
+
+    Raises RecipeError where ``states`` is not of modmoe, or has states and neither ``resume`` nor ``overwrite`` is set.
+    """
     if not os.path.lexists(states):
         return
     if states.is_symlink() or not states.is_dir() or (any(states.iterdir()) and not is_marked(states)):

@@ -104,8 +104,6 @@ def export(
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
-    if Path(output).resolve() == directory.resolve():
-        raise ExportError(f"{output}: is the source itself; name another directory.")
     wanted = None if dtype is None else DTYPES[dtype]
     if is_adapter(directory):
         from modmoe.export.adapters import export_adapter  # imports peft, which takes seconds

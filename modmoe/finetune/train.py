@@ -36,6 +36,7 @@ from modmoe.finetune.learns import choose_what_learns, is_routed_by_task
 from modmoe.finetune.resume import all_states, describe_run, disk_bytes, find_state, states_of, step_of
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report, WholeRun
 from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
+from modmoe.preflight import check_states
 from modmoe.recipe import Recipe
 from modmoe.seal import clear, is_marked
 from modmoe.staging import check_output, check_space
@@ -84,8 +85,8 @@ def finetune(
     curves.check_tracker(recipe.finetune.report_to)
     directory = resolve_source(source)
     states = states_of(output)
-    if directory.resolve().is_relative_to(states.resolve()):
-        raise RecipeError(f"{directory}: is a state of {output}, which a new run there removes; name another output.")
+    if ranks.is_first():
+        check_states(states, overwrite=overwrite, resume=resume)
     with _quiet(), ranks.joined(), ranks.open_first_output(output, overwrite=overwrite, spent=states) as partial:
         kind, count = (RankError if ranks.num_ranks() > 1 else RecipeError), ranks.num_ranks()
         try:

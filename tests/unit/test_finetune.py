@@ -13,6 +13,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+import modmoe
 from modmoe.checkpoint import Checkpoint, read_config
 from modmoe.errors import CalibrationError, RecipeError
 from modmoe.finetune import trainer
@@ -246,8 +247,8 @@ def test_a_state_is_no_source_of_the_run_that_removes_it(room: Path, tmp_path: P
         run(room, tmp_path / "out", "token", tasks, max_steps=4, save_steps=2, progress=stop_at(3))
     states = tmp_path / "out.states"
     assert caught.value.__notes__ == [f"Training up to step 2 is kept in {states}; go on with --resume."]
-    with pytest.raises(RecipeError, match=r"is a state of .*, which a new run there removes; name another output"):
-        run(states, tmp_path / "out", "checkpoint-2", tasks, max_steps=2)
+    with pytest.raises(RecipeError, match=r"the source \(.*\) lies where this run keeps what is unfinished"):
+        modmoe.finetune(str(states / "checkpoint-2"), str(tmp_path / "out"), tasks=tasks, max_steps=2, overwrite=True)
     run(states, tmp_path / "other", "checkpoint-2", tasks, max_steps=2)
     assert changed(states / "checkpoint-2", tmp_path / "other")
 
@@ -360,8 +361,12 @@ def test_an_output_that_is_not_free_is_refused_at_once(room: Path, tmp_path: Pat
     (tmp_path / "out" / "file").touch()
     with pytest.raises(RecipeError, match="is not empty"):
         run(room, tmp_path / "out", "token", tasks, max_steps=2)
-    run(room, tmp_path / "out", "token", tasks, max_steps=2, overwrite=True)
-    assert not (tmp_path / "out" / "file").exists()
+    with pytest.raises(RecipeError, match="holds 'file', which modmoe did not write"):
+        run(room, tmp_path / "out", "token", tasks, max_steps=2, overwrite=True)
+    (tmp_path / "out" / "file").unlink()
+    for overwrite in (False, True):
+        run(room, tmp_path / "out", "token", tasks, max_steps=2, overwrite=overwrite)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_wide_models_take_small_steps() -> None:
