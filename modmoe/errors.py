@@ -126,6 +126,23 @@ def _shown(character: str) -> str:
     return " " if character.isspace() and character > "\x9f" else ascii(character)[1:-1]
 
 
+def input_error(error: BaseException) -> CheckpointError | None:
+    """Return what a file of strangers made of a library, in a line; None of any other error.
+
+    It is the last net, where the file is not known any more. What reads files says more than this.
+    """
+    remedy = "`modmoe doctor DIR` looks at the files of a checkpoint"
+    if is_panic(error):
+        return CheckpointError(f"input: a library broke down on what it read ({reason_of(error)}); {remedy}.")
+    if isinstance(error, RecursionError):
+        return CheckpointError(f"input: what was read is nested too deep, or goes round in a circle; {remedy}.")
+    if isinstance(error, UnicodeError):
+        return CheckpointError(f"input: a text cannot be written as UTF-8 ({reason_of(error)}); {remedy}.")
+    if is_out_of_memory(error):
+        return CheckpointError("memory is full; lower the batch size or the sequence length, or end other programs.")
+    return None
+
+
 def hide_secrets(text: str) -> str:
     """Return a text without the Hub's token of the environment, what looks like one, or a password in an address."""
     for name in _TOKENS:

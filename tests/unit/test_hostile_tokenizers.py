@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modmoe import bounded, tokenizer_files
+from modmoe import bounded, steps, tokenizer_files
 from modmoe.cli.main import run
 from modmoe.errors import CheckpointError
 from modmoe.loading import load_tokenizer
@@ -181,3 +181,25 @@ def test_a_healthy_one_passes(dense: Path) -> None:
     tokenizer = load_tokenizer(dense)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     try_tokenizer(dense, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (type("PanicException", (BaseException,), {})("out of bounds"), "a library broke down on what it read (out"),
+        (RecursionError("maximum"), "nested too deep"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "cannot be written as UTF-8"),
+        (MemoryError(), "memory is full"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_passes_every_handler_is_one_line(
+    error: BaseException, told: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(steps, "inspect", fail)
+    assert run(["inspect", "it"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("modmoe: ") and told in line
