@@ -95,7 +95,15 @@ def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: str,
     name = f"{family.layers}.{layer}.{path}.weight"
     if name not in checkpoint:
         row = f"where the row of family '{family.model_type}' has its {role} projection"
-        there = _what_is_there(checkpoint, family, layer, neurons)
+        lists = Counter(match[1] for match in map(_LAYER.match, checkpoint) if match is not None)
+        longer = next((path for path in lists if path.endswith(f".{family.layers}")), None)
+        if longer is not None and family.layers not in lists:
+            front = longer.removesuffix(family.layers)
+            raise CheckpointError(
+                f"{checkpoint.directory}: names have '{front}' in front of '{family.layers}', where the row of family "
+                f"'{family.model_type}' has the layers; take '{front}' out of the names, or save the model itself."
+            )
+        there = _what_is_there(checkpoint, family, layer, neurons, lists)
         raise CheckpointError(
             f"{checkpoint.directory}: '{name}' is missing, {row}; {there}; "
             "say under `family:` in a recipe where the FFNs lie (layers, gate, up, down, transposed)."
@@ -120,7 +128,7 @@ def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: str,
     )
 
 
-def _what_is_there(checkpoint: Checkpoint, family: Family, layer: int, neurons: int) -> str:
+def _what_is_there(checkpoint: Checkpoint, family: Family, layer: int, neurons: int, lists: Counter[str]) -> str:
     """Return which matrices a layer has that could be an FFN's, or where the layers lie."""
     prefix = f"{family.layers}.{layer}."
     found = [name for name in checkpoint if name.startswith(prefix) and len(checkpoint.shape(name)) == 2]
@@ -128,7 +136,6 @@ def _what_is_there(checkpoint: Checkpoint, family: Family, layer: int, neurons: 
     shown = [f"'{name.removeprefix(prefix)[:60]}' {list(checkpoint.shape(name))}" for name in wide[:4]]
     if shown:
         return f"layer {layer} has {', '.join(shown)}"
-    lists = Counter(match[1] for match in map(_LAYER.match, checkpoint) if match is not None)
     if any(name.startswith(prefix) for name in checkpoint) or not lists:
         return f"layer {layer} has no matrix"
     if family.layers in lists:

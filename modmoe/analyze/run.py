@@ -28,8 +28,17 @@ from modmoe.analyze.stream import Runner
 from modmoe.checkpoint import Checkpoint, resolve_source, write_json
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.families import Family, family_of, layers_of, neurons_of
-from modmoe.ffn import FFNWeights, LazyFFNs
-from modmoe.loading import DenseClasses, dense_classes, is_tied_type, load_tokenizer, pick_device, read_settings
+from modmoe.ffn import FFNWeights, LazyFFNs, check_ffns
+from modmoe.loading import (
+    DenseClasses,
+    dense_classes,
+    is_tied_type,
+    load_tokenizer,
+    pick_device,
+    read_settings,
+    skeleton,
+)
+from modmoe.preflight import noting_output, place_report
 from modmoe.recipe import Recipe, dump_recipe
 from modmoe.staging import check_output
 
@@ -117,24 +126,11 @@ def open_dense(recipe: Recipe, revision: str | None = None) -> Source:
     family = family_of(checkpoint.config, recipe.family, str(directory / "config.json"))
     classes = dense_classes(directory, trust_remote_code=recipe.trust_remote_code)
     settings = read_settings(directory, classes.config).to_dict()
+    skeleton(directory, trust_remote_code=recipe.trust_remote_code)  # whose tensors these have to be
     checkpoint.add_prefix(family.layers)
     neurons, num_layers = neurons_of(settings, family), layers_of(settings)
-    _check_ffns(checkpoint, family, num_layers, neurons)
+    check_ffns(checkpoint, family, num_layers, neurons)
     return Source(checkpoint, family, settings, classes, num_layers, neurons, {})
-
-
-def _check_ffns(checkpoint: Checkpoint, family: Family, num_layers: int, neurons: int) -> None:
-    for layer in range(num_layers):
-        name = f"{family.layers}.{layer}.{family.up}.weight"
-        if name not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.directory}: '{name}' is missing; does the family's row fit the checkpoint?"
-            )
-        rows = checkpoint.shape(name)[1 if family.transposed else 0]
-        if rows != neurons * (2 if family.fused else 1):
-            raise CheckpointError(
-                f"{checkpoint.directory}: '{name}' has {rows} rows where config.json says {neurons} neurons."
-            )
 
 
 def open_runner(recipe: Recipe, source: Source, scratch: Path | None, progress: Progress) -> Runner:
@@ -323,15 +319,19 @@ def analyze(
     progress = progress or silent
     check_output(output, overwrite=overwrite)
     source = open_source(recipe, revision, progress)
+    from modmoe.analyze.report import write_report  # it needs what is above
+
     with ranks.open_first_output(output, overwrite=overwrite) as partial_directory:
         analysis = analyze_source(recipe, source, progress, partial_directory)
+        inside = place_report(report, output, partial_directory)
         if ranks.is_first():
             save_analysis(partial_directory, analysis)
             save_recipe(partial_directory, recipe)
-    if report is not None and ranks.is_first():
-        from modmoe.analyze.report import write_report
-
-        write_report(Path(report), recipe, analysis)
+            if inside is not None:
+                write_report(inside, recipe, analysis)
+    if report is not None and inside is None and ranks.is_first():
+        with noting_output(output):
+            write_report(Path(report), recipe, analysis, overwrite=overwrite)
     return {
         "output": str(output),
         "report": report,

@@ -38,7 +38,7 @@ from modmoe.convert.run import peak_rss_bytes
 from modmoe.errors import CheckpointError, RecipeError
 from modmoe.families import layers_of
 from modmoe.inspection import inspect
-from modmoe.loading import dense_classes, load, load_tokenizer, read_settings
+from modmoe.loading import dense_classes, load, load_tokenizer, read_settings, skeleton
 from modmoe.recipe import Recipe
 from modmoe.staging import check_output
 
@@ -182,6 +182,7 @@ def _open_source(recipe: Recipe, revision: str | None, progress: Progress, *, he
             f"{directory}: layer {blocks[-1].layer} predicts later tokens and does not run here, so that its experts "
             f"cannot be measured; take out the layers from {config.num_hidden_layers} on first."
         )
+    skeleton(directory, trust_remote_code=recipe.trust_remote_code)  # whose tensors these have to be
     warnings = []
     if top_k > left:
         warnings.append(f"a token had {top_k} experts and has {left} from now on, all that are left.")

@@ -17,6 +17,8 @@ from modmoe.checkpoint import INDEX, MANIFEST, SINGLE
 from modmoe.diagnosis.findings import Findings
 from modmoe.documents import MOST_HEADER_BYTES, check_links, is_plain_name, open_tensors, read_object
 from modmoe.errors import CheckpointError
+from modmoe.kinds.forms import find_lack, wrong_with
+from modmoe.kinds.headers import Header
 from modmoe.shards import DTYPES
 
 FETCH = "fetch it again, or write the checkpoint anew"
@@ -51,15 +53,28 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
-        return tuple(self.files[self.where[name]].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def headers(self) -> dict[str, Header]:
+        """Return the header of each tensor."""
+        return {
+            name: Header(file, self._slice(name).get_dtype(), self.shape(name)) for name, file in self.where.items()
+        }
+
+    def _slice(self, name: str) -> Any:
+        return self.files[self.where[name]].get_slice(name)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Return a tensor's type from the header; None for one that torch or modmoe has no name for."""
-        return DTYPES.get(self.files[self.where[name]].get_slice(name).get_dtype())
+        return DTYPES.get(self._slice(name).get_dtype())
 
 
 def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
     """Return a JSON file's object; None, and a fault, where it is none."""
+    wrong = wrong_with(path)
+    if wrong is not None:
+        findings.fault(path, *wrong)
+        return None
     try:
         return read_object(path)
     except CheckpointError as error:
@@ -77,16 +92,9 @@ def open_weights(directory: Path, findings: Findings) -> Weights:
         weights.is_whole = open_file(single, weights, findings)
         known = {SINGLE}
     else:
-        weights.is_whole, known = False, set()
-        loose = sorted(file.name for file in directory.glob("*.safetensors"))
-        if loose:
-            findings.fault(directory / INDEX, f"is missing beside {loose[0]}", FETCH)
-            known = set(loose)
-        elif any(any(directory.glob(pattern)) for pattern in _PICKLES):
-            remedy = "ask for safetensors, or convert them where nothing can be harmed (transformers' save_pretrained)"
-            findings.fault(directory, "has pickled weights only, which can run code when read", remedy)
-        else:
-            findings.fault(directory, f"has no {SINGLE} and no {INDEX}", "name the directory of a checkpoint")
+        weights.is_whole = False
+        known = {file.name for file in directory.glob("*.safetensors")}
+        findings.fault(*find_lack(directory))
     for file in sorted(directory.glob("*.safetensors")):
         if file.name not in known | weights.files.keys() and not file.match(_TEMPORARY):
             findings.fault(file, "belongs to no part of the checkpoint", "delete it if nothing else needs it")
@@ -136,6 +144,10 @@ def _open_shards(directory: Path, weights: Weights, findings: Findings) -> set[s
 
 def open_file(path: Path, weights: Weights, findings: Findings) -> bool:
     """Add a file's tensors to ``weights``; False, and a fault, where it cannot be opened."""
+    wrong = wrong_with(path)
+    if wrong is not None:
+        findings.fault(path, *wrong)
+        return False
     try:
         opened = open_tensors(path)
     except CheckpointError as error:

@@ -15,6 +15,8 @@ from modmoe.diagnosis.findings import Findings
 from modmoe.diagnosis.modular import check_modular
 from modmoe.documents import check_files
 from modmoe.errors import CheckpointError
+from modmoe.kinds.check import find_problems
+from modmoe.kinds.forms import find_lack, find_pointers
 from modmoe.loading import is_tied_type
 
 
@@ -41,7 +43,7 @@ def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None
         raise CheckpointError(f"{directory}: no such directory; {more}.")
     check_files(path)
     if not any((path / "config.json").is_file() or any(path.glob(end)) for end in ("adapter_*", "*.safetensors*")):
-        raise CheckpointError(f"{directory}: no config.json and no safetensors; name the directory of a checkpoint.")
+        raise CheckpointError(str(find_lack(path)))
     findings = Findings()
 
     def report(done: int, total: int) -> None:
@@ -76,10 +78,15 @@ def _check_checkpoint(path: Path, findings: Findings, report: Callable[[int, int
     if (path / ADAPTER_CONFIG).is_file():
         wrong = "lies beside a whole model; loaders disagree about which of the two is meant"
         findings.fault(path / ADAPTER_CONFIG, wrong, "move the adapter to a directory of its own")
+    for problem in find_pointers(path):
+        if Path(problem.place).suffix != ".safetensors" and problem.place != str(path / "config.json"):
+            findings.fault(*problem)
     weights = open_weights(path, findings)
     check_values(path, weights, read_manifest(path, findings), findings, report)
     if config is None:
         return "unknown"
+    for problem in find_problems(path, config, weights.headers()):
+        findings.fault(*problem)
     if weights.where:
         if is_tied_type(config.get("model_type")) or isinstance(config.get("modular"), dict):
             check_modular(path, config, weights, findings)

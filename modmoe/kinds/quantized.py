@@ -59,20 +59,28 @@ def find_quantization(directory: Path, config: Mapping[str, Any], headers: Heade
         name, trace = packed
         named = next((_method(value) for _, value in said if _method(value)), None) or _method_beside(directory, files)
         header = headers[name]
-        what = f"is quantized ({named or trace}: '{name[:99]}' is {header.dtype} {list(header.shape)})"
-        where = f"{directory / 'config.json'}: {said[0][0]}" if said else str(directory / header.file)
-        yield Problem(where, what, _remedy(directory, (named or trace).lower()))
+        by = named or trace
+        what = f"is quantized{f' by {by}' if by else ''}"
+        shape = f"has type {header.dtype}, shape {list(header.shape)}"
+        if said:
+            place = f"{directory / 'config.json'}: {said[0][0]}"
+            yield Problem(place, f"{what}: '{name[:99]}' {shape}", _remedy(directory, by.lower()))
+        else:
+            place = f"{directory / header.file}: '{name[:99]}'"
+            yield Problem(place, f"{shape}: the model {what}", _remedy(directory, by.lower()))
         return
     for key, value in said:
         place = f"{directory / 'config.json'}: {key}"
         if headers:
-            what = f"is {_shown(value)}, and the tensors are no quantized ones: it was left behind"
+            what = f"says {_shown(value)}, and the tensors are not quantized: it was left behind"
             yield Problem(place, what, "take that key out of config.json")
         else:
             # without tensors, as in a dry run, config.json is believed
-            yield Problem(place, f"is {_shown(value)}: is quantized", _remedy(directory, _method(value) or ""))
+            yield Problem(
+                place, f"says {_shown(value)}, so that the model is quantized", _remedy(directory, _method(value) or "")
+            )
     for file in files if headers and not said else ():
-        what = "says that the model is quantized, and the tensors are no quantized ones: it was left behind"
+        what = "says that the model is quantized, and the tensors are not: it was left behind"
         yield Problem(str(directory / file), what, "take that file away")
 
 
@@ -88,7 +96,7 @@ def find_packed(headers: Headers) -> tuple[str, str] | None:
             if _BLOCKS.search(name):
                 return name, "MXFP4"
             if _WEIGHTS.search(name):
-                return name, "a method that config.json does not name"
+                return name, ""
     return None
 
 
@@ -133,7 +141,7 @@ def _shown(value: Any) -> str:
     method = _method(value)
     if method:
         return method
-    return f"{value!r:.60}" if not isinstance(value, dict) or not value else f"of no method ({', '.join(value)[:60]})"
+    return f"{value!r:.60}" if not isinstance(value, dict) or not value else f"no method ({', '.join(value)[:60]})"
 
 
 def _remedy(directory: Path, method: str) -> str:
@@ -144,5 +152,5 @@ def _remedy(directory: Path, method: str) -> str:
     elif method in _METHODS:
         how = _LOADED.format(source=directory, options="", dequantize=".dequantize()")
     else:
-        return f"{original}; modmoe cuts floating-point weights, and {method or 'this method'} has none"
+        return f"{original}, since modmoe cuts weights that are floating-point numbers"
     return f"{original}, or write it with transformers: {how}"

@@ -106,7 +106,7 @@ CASES = [
         [],
         "'lama' is not a dense family known here (gemma2, gemma3_text, gpt2, gpt_neox, granite,",
     ),
-    (wrong_width, [], "has 48 rows where config.json says 64 neurons"),
+    (wrong_width, [], "implies [64, 32] for 'model.layers.0.mlp.gate_proj.weight', which has shape [48, 32]"),
     (own_code, [], "Describe where its FFNs lie under `family:` in a recipe"),
     (empty_task, [], "sums.jsonl"),
     (no_task_file, [], "sums.jsonl"),

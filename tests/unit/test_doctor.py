@@ -181,7 +181,7 @@ CASES: list[tuple[str, str, Callable[[Path], object], str, str, str]] = [
     ("cut", "tied", cut, SINGLE, "is cut short: it has", "fetch it again"),
     ("cut header", "tied", cut_header, SINGLE, "fewer than its header", "fetch it again"),
     ("type unknown", "tied", lie_in_header, SINGLE, "damaged or cut short", "fetch it again"),
-    ("no weights", "tied", remove(SINGLE), "", "has no model.safetensors", "name the directory"),
+    ("no weights", "tied", remove(SINGLE), "", "no model.safetensors", "fetch the weights too"),
     ("renamed", "tied", edit_tensors(rename), MANIFEST + f": '{UP}'", "in no file", "fetch it again"),
     ("renamed, no sums", "tied", edit_tensors(rename, keep_sums=False), f"config.json: '{UP}'", "in no file", "fetch"),
     ("extra, no sums", "tied", edit_tensors(rename, keep_sums=False), "upward.weight'", "is no tensor of", "restore"),
@@ -191,8 +191,8 @@ CASES: list[tuple[str, str, Callable[[Path], object], str, str, str]] = [
         "tied",
         edit_tensors(put(UP, lambda t: t.to(torch.int32)), keep_sums=False),
         f"'{UP}'",
-        "has type int32, where the model has float32",
-        "restore",
+        "the model is quantized",
+        "name the unquantized model",
     ),
     ("shape", "tied", edit_tensors(put(UP, lambda t: t[:-1])), f"'{UP}'", "in the manifest", "fetch it again"),
     (
@@ -271,7 +271,7 @@ CASES: list[tuple[str, str, Callable[[Path], object], str, str, str]] = [
     ("replaced", "tied", beside(".replaced"), ".replaced", "is an older output", "delete it"),
     ("shard of a run", "tied", leave_shard, "shard-00000.safetensors", "was left by", "delete it"),
     ("no tokenizer", "dense", no_tokenizer, "", "has no tokenizer", "copy the tokenizer's files"),
-    ("tokens", "tied", more_tokens, "", "279 tokens, and the embeddings have 264 rows", "belongs to these weights"),
+    ("tokens", "tied", more_tokens, "tokenizer.json", "has id 264, and the embeddings have 264 rows", "resize_token_embeddings(279)"),
 ]
 
 

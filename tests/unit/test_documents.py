@@ -108,7 +108,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(dense):
         ({"hidden_size": -8}, "transformers cannot build it"),
         ({"pad_token_id": 10**6}, "transformers cannot build it"),
         ({"hidden_act": "x\n\x1b[31my"}, "transformers cannot build it"),
-        ({"quantization_config": 7}, "transformers cannot"),
+        ({"quantization_config": 7}, "quantization_config: says 7"),
         ({"rope_parameters": []}, "transformers cannot"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights names a file of its own"),
     ],
