@@ -88,6 +88,45 @@ def call_in_bounds(work: Callable[[], T], **bounds: Any) -> T:
         return next(items)
 
 
+@contextlib.contextmanager
+def ask_in_bounds(answer: Callable[[Any], T], **bounds: Any) -> Iterator[Callable[[Any], T]]:
+    """Yield a function that returns as ``answer`` does, which is called in one child process for all questions.
+
+    Questions and answers are what JSON can hold; the keywords and what is raised are those of ``in_bounds``.
+    """
+    if not HAS_CHILDREN:
+        yield lambda question: call_in_bounds(lambda: answer(question), **bounds)
+        return
+    read, write = os.pipe()
+
+    def work() -> Iterator[Any]:
+        os.close(write)
+        yield None  # it is there, and reads what is written
+        with open(read, encoding="ascii") as questions:
+            for question in questions:
+                yield answer(json.loads(question))
+
+    items: Any = in_bounds(work, **bounds)
+
+    def ask(question: Any) -> T:
+        view = memoryview(json.dumps(question).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # what the child died of is told in its place
+            while view:
+                view = view[os.write(write, view) :]
+        answered: T = next(items)
+        return answered
+
+    try:
+        try:
+            next(items)
+        finally:
+            os.close(read)
+        yield ask
+    finally:
+        items.close()
+        os.close(write)
+
+
 class _Words:
     """The errors of one piece of work."""
 

@@ -12,8 +12,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -87,7 +88,7 @@ def special_kind(path: Path) -> str:
         return ""
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Open a plain file for reading; ValueError where it is none, OSError where it cannot be opened.
 
     A FIFO would be waited for, and a device has no end.

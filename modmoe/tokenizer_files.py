@@ -26,7 +26,7 @@ REMEDY = "use a tokenizer that you trust, or fetch its files again"
 """What to do about a tokenizer that breaks the bounds, without a full stop."""
 
 _CORES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
-_NAMES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.jinja")
+_NAMES: tuple[str, ...] = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.jinja")
 _NAMES += ("config.json", "special_tokens_map.json", "added_tokens.json", "processor_config.json")
 _SMALL = "tokenizer_config.json"
 _MOST_TOKENS = 100

@@ -17,12 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from modmoe.analyze import ranks
-from modmoe.errors import RecipeError, did_you_mean
+from modmoe.bounded import ask_in_bounds
+from modmoe.documents import check_tree
+from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.finetune.evaluate import expert_of, reading
 from modmoe.loading import load, load_tokenizer
+from modmoe.tokenizer_files import REMEDY, files_of
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +90,7 @@ def evaluate_harness(
             for name, tasks in built.items():
                 report = None if progress is None else partial(progress, f"running {name}, requests")
                 reader = _reader(model, tokenizer, batch_size, report)
-                with reading(model, experts[name]):
+                with reading(model, experts[name]), _tokenizes_in_bounds(reader, tokenizer):
                     found.update(_run(name, tasks, reader, limit, seed))
             return found
 
@@ -106,6 +110,8 @@ def _build(names: Sequence[str], path: str | None) -> dict[str, Any]:
 
     if path is not None and not Path(path).is_dir():
         raise RecipeError(f"--harness-path: {path}: no such folder.")
+    if path is not None:
+        check_tree(Path(path))
     manager = TaskManager(include_path=path, include_defaults=path is None)
     if path is not None and not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=path)  # theirs are thousands of files
@@ -131,6 +137,27 @@ def _reader(model: Any, tokenizer: Any, batch_size: int, report: Callable[[int, 
     """Requests between two reports; lm-eval puts those of like length together within."""
 
     class Reader(HFLM):  # type: ignore[misc]
+        ask: Callable[[Any], Any] | None = None
+        """Has the tokenizer do something in a process that has bounds."""
+
+        def _tokenizer(self, name: str, *arguments: Any, **options: Any) -> Any:
+            if self.ask is None:
+                return getattr(HFLM, name)(self, *arguments, **options)
+            return self.ask([name, [_plain(argument) for argument in arguments], options])
+
+        def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+            return self._tokenizer("tok_encode", *arguments, **options)
+
+        def tok_decode(self, *arguments: Any, **options: Any) -> Any:
+            return self._tokenizer("tok_decode", *arguments, **options)
+
+        def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+            return self._tokenizer("apply_chat_template", *arguments, **options)
+
+        def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+            ids_and_mask = self._tokenizer("tok_batch_encode", *arguments, **options)
+            return tuple(torch.as_tensor(values, dtype=torch.int64) for values in ids_and_mask)
+
         def _in_parts(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
             found: list[Any] = []
             for start in range(0, len(requests), part):
@@ -156,6 +183,31 @@ def _reader(model: Any, tokenizer: Any, batch_size: int, report: Callable[[int, 
     return Reader(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
+@contextlib.contextmanager
+def _tokenizes_in_bounds(reader: Any, tokenizer: Any) -> Iterator[None]:
+    """Let a reader's tokenizer, which a stranger may have written, work in a child process within bounds."""
+    kind = type(reader).__mro__[1]
+
+    def answer(question: Any) -> Any:
+        name, arguments, options = question
+        return _plain(getattr(kind, name)(reader, *arguments, **options))
+
+    place, remedy = files_of(tokenizer), REMEDY
+    with ask_in_bounds(answer, place=place, remedy=remedy) as ask:
+        reader.ask = ask
+        try:
+            yield
+        finally:
+            reader.ask = None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists for its tensors."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
 def _run(name: str, tasks: Any, reader: Any, limit: int | None, seed: int | None) -> dict[str, Any]:
     """Return each task's numbers; as ``lm_eval.simple_evaluate``, but for its questions to git and to the system."""
     from lm_eval import evaluate
@@ -169,6 +221,8 @@ def _run(name: str, tasks: Any, reader: Any, limit: int | None, seed: int | None
         task.set_fewshot_seed(seed=seed)
     try:
         results = evaluate(reader, tasks, limit=limit, log_samples=False)
+    except CheckpointError:
+        raise
     except (AssertionError, ValueError) as error:  # a prompt too long for the model, code that would be executed...
         reason = " ".join(str(error).split())
         raise RecipeError(f"--harness: {name}: lm-eval stopped: {reason[:300]}") from error

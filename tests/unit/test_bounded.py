@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from modmoe import bounded
-from modmoe.bounded import call_in_bounds, in_bounds
+from modmoe.bounded import ask_in_bounds, call_in_bounds, in_bounds
 from modmoe.errors import CalibrationError, CheckpointError
 
 PLACE: dict[str, Any] = {"place": "d/tokenizer.json", "remedy": "fetch it again"}
@@ -111,6 +111,22 @@ def test_items_and_errors_arrive_as_they_were(
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("modmoe.x", "row 3 is long")]
     with pytest.raises(CheckpointError, match=r"broke down: index"):
         call_in_bounds(panic, **PLACE)
+
+
+@pytest.mark.parametrize("has_children", [pytest.param(True, marks=needs_children), False])
+def test_one_child_answers_all_questions(has_children: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "HAS_CHILDREN", has_children)
+
+    def answer(question: Any) -> Any:
+        return panic() if question == "break" else [os.getpid(), len(question)]
+
+    with pytest.raises(CheckpointError, match="broke down: index"), ask_in_bounds(answer, **PLACE) as ask:
+        long = "ä\n" * 100_000
+        found = [ask(question) for question in ("a", long, [1, 2])]
+        assert [length for _, length in found] == [1, len(long), 2]
+        assert len({process for process, _ in found} - {os.getpid()}) == has_children
+        ask("break")
+    assert no_children()
 
 
 @needs_children
