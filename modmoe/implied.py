@@ -7,6 +7,7 @@ model that comes of it is another one.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,10 +71,26 @@ def compare(directory: Path, model: Any, shape_of: Callable[[str], Shape], store
 
 def check_implied(checkpoint: Checkpoint, model: Any) -> None:
     """Raise CheckpointError unless a checkpoint's tensors are those of ``model``, which is built without values."""
+    _check_sizes(checkpoint, model)
     fit = compare(checkpoint.directory, model, checkpoint.shape, checkpoint)
     line = describe(checkpoint, model.config, fit)
     if line:
         raise CheckpointError(line)
+
+
+def _check_sizes(checkpoint: Checkpoint, empty: Any) -> None:
+    """Refuse a configuration of a far larger model than the weights are of, before it is given memory."""
+    wanted = sum(tensor.numel() for tensors in (empty.parameters(), empty.buffers()) for tensor in tensors)
+    held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint)
+    if wanted > _SPARE + 2 * held:
+        raise CheckpointError(
+            f"{checkpoint.directory}/config.json: describes a model of {wanted:.3g} parameters, and the checkpoint has "
+            f"{held:.3g}; one of the two is of another model."
+        )
+
+
+_SPARE = 1 << 22
+"""Values that a model may have beside its weights: masks, tables of positions."""
 
 
 def describe(checkpoint: Checkpoint, settings: Any, fit: Fit) -> str:

@@ -5,9 +5,8 @@ An adapter directory is loaded as its base model with the adapter attached.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -63,6 +62,7 @@ __all__ = [
     "DenseClasses",
     "adapter_method",
     "causal_lm_classes",
+    "check_models",
     "dense_classes",
     "is_adapted",
     "is_adapter",
@@ -189,9 +189,7 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedM
         make: Any = AutoModelForCausalLM.from_config if model_type is None else model_type
         made: PreTrainedModel = make(settings)
     if has_weights(directory):
-        checkpoint = Checkpoint(directory)
-        _check_sizes(checkpoint, made)
-        check_implied(checkpoint, made)
+        check_implied(Checkpoint(directory), made)
     elif (form := find_form(directory)) is not None:
         raise CheckpointError(str(form))
     return made
@@ -216,19 +214,15 @@ def _check_counts(directory: Path, config: dict[str, Any]) -> None:
                 )
 
 
-def _check_sizes(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
-    """Refuse a configuration of a far larger model than the weights are of, before it is given memory."""
-    wanted = sum(tensor.numel() for tensors in (empty.parameters(), empty.buffers()) for tensor in tensors)
-    held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint)
-    if wanted > _SPARE + 2 * held:
-        raise CheckpointError(
-            f"{checkpoint.directory}/config.json: describes a model of {wanted:.3g} parameters, and the checkpoint has "
-            f"{held:.3g}; one of the two is of another model."
-        )
+def check_models(sources: Iterable[str | Path | None], *, trust_remote_code: bool) -> None:
+    """Raise CheckpointError unless each is a model, or an adapter of one, with the tensors that config.json implies.
 
-
-_SPARE = 1 << 22
-"""Values that a model may have beside its weights: masks, tables of positions."""
+    Nothing is loaded; None is passed over.
+    """
+    for source in sources:
+        if source is not None:
+            place = resolve_source(source)
+            skeleton(resolve_base(place) if is_adapter(place) else place, trust_remote_code=trust_remote_code)
 
 
 def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from modmoe.analyze.rows import TaskRows
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.finetune.data import IGNORED, Collator
 from modmoe.finetune.losses import token_losses
-from modmoe.loading import load, load_tokenizer
+from modmoe.loading import check_models, load, load_tokenizer
 from modmoe.modeling.modeling_modmoe import ModularMixin
 
 
@@ -76,6 +76,7 @@ def evaluate(
             readings=read,
         )
 
+    check_models([source, baseline], trust_remote_code=trust_remote_code)
     found = measure(source, expert, readings)
     read = summaries(readings)
     if baseline is None:

@@ -25,7 +25,7 @@ from modmoe.bounded import ask_in_bounds
 from modmoe.documents import check_tree
 from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.finetune.evaluate import expert_of, reading
-from modmoe.loading import load, load_tokenizer
+from modmoe.loading import check_models, load, load_tokenizer
 from modmoe.tokenizer_files import REMEDY, files_of
 
 _log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def evaluate_harness(
                     found.update(_run(name, tasks, reader, limit, seed))
             return found
 
+        check_models([source, baseline], trust_remote_code=trust_remote_code)
         found = measure(source, expert)
         result = {"lm_eval": version("lm_eval"), "tasks": found}
         if baseline is not None:

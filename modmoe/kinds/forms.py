@@ -60,7 +60,9 @@ _OLD = (
 )
 _POINTER = b"version https://git-lfs"
 _MOST_POINTER_BYTES = 1024
-_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_READ = ("*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja")
+_NEVER_EMPTY = ("config.json", "tokenizer", "model", "adapter_")
+"""Beginnings of names."""
 
 
 def is_model(directory: Path) -> bool:
@@ -187,7 +189,7 @@ def wrong_with(file: Path) -> tuple[str, str] | None:
             start = opened.read(64) if size_bytes > 0 else b""
     except OSError:
         return None
-    if size_bytes == 0 and file.suffix in (".json", ".safetensors", ".model"):
+    if size_bytes == 0 and file.name.startswith(_NEVER_EMPTY):
         return "is empty", "fetch it again"
     if start.startswith(_POINTER) and size_bytes < _MOST_POINTER_BYTES:
         return (
