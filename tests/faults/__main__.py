@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tests.faults.harness import COMMANDS, Figures, measure, serving, stop_once
 from tests.faults.layer import ACTIONS
+from tests.faults.layouts import Figures as Layouts
+from tests.faults.layouts import run_layout
 
 
 def main() -> int:
@@ -21,10 +23,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=240)
     parser.add_argument("--others", type=int, default=0, help="of each: Ctrl-C, a full disk, a failing one")
+    parser.add_argument("--layouts", type=int, default=0, help="of a user's files, in which commands run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="how commands' names begin, between commas")
     wanted = parser.parse_args()
     names = [name for name in COMMANDS if name.startswith(tuple(wanted.only.split(",")))]
+    layouts = Layouts()
     totals = {action: Figures() for action in ACTIONS}
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="modmoe-faults-") as home, serving(Path(home) / "room") as server:
@@ -42,10 +46,17 @@ def main() -> int:
                     print(f"  LOST {line}", flush=True)
                 total.counts += figures.counts
                 total.lost += figures.lost
+        for number in range(wanted.layouts):
+            run_layout(server, f"{wanted.seed} layout {number}", layouts)
+            if number % 100 == 99:
+                print(layouts.line(), flush=True)
     for action, total in totals.items():
         print(f"{action}: {total.line()}")
+    print(layouts.line())
+    for line in layouts.faults:
+        print(f"  FAULT {line}")
     print(f"in {time.monotonic() - began_s:.0f} s")
-    return any(total.lost for total in totals.values())
+    return bool(layouts.faults) or any(total.lost for total in totals.values())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modmoe.seal import MARK, seal
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTPUT = "out"
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
@@ -118,7 +120,7 @@ def tree_of(directory: Path) -> Tree | None:
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != MARK  # which a kill may leave in an output that is whole
     }
 
 
@@ -145,6 +147,7 @@ class Command:
         root.mkdir()
         if old:
             shutil.copytree(self.server.home / "dense", root / OUTPUT)
+            seal(root / OUTPUT)
         return root
 
     def run(self, root: Path, *more: str, **job: Any) -> dict[str, Any]:
@@ -231,7 +234,9 @@ def assert_said(action: str, said: str, is_whole: bool) -> None:
 
 def _run_again(command: Command, root: Path, is_there: bool, resumes: bool, figures: Figures) -> None:
     """Run without a fault: what comes out is what an unbroken run writes, and nothing else is left."""
-    again = command.run(root, *(["--overwrite"] if is_there else []), *(["--resume"] if resumes else []))
+    # states of a run that was stopped are replaced only when asked
+    replaces = is_there or ((root / f"{OUTPUT}.states").is_dir() and not resumes)
+    again = command.run(root, *(["--overwrite"] if replaces else []), *(["--resume"] if resumes else []))
     assert again["code"] == 0, f"run again: exit {again['code']}: {again['error'][-600:]}"
     found = tree_of(root / OUTPUT) or {}
     changed = [name for name in found.keys() | command.wanted.keys() if found.get(name) != command.wanted.get(name)]

@@ -47,7 +47,8 @@ def serve() -> None:
     A job is ``{root, arguments, log}``: run ``modmoe`` with the arguments, or the function ``call`` of
     ``tests.faults.room`` in their place. ``action`` and ``at`` let a call to the disk go wrong (see
     ``tests.faults.layer``), ``signal`` and ``after_s`` send a signal after a time, ``file_bytes`` is the size at which
-    the system itself refuses to write on (EFBIG), whatever library writes.
+    the system itself refuses to write on (EFBIG), whatever library writes. ``cwd`` is the working directory, by default
+    the root, and ``home`` the user's.
     The answer: ``{code, hung, error, out, seconds, cpu_s, calls}``; a negative code is the signal that ended it.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -137,7 +138,9 @@ def _do(job: dict[str, Any], home: Path) -> int:
     from tests.faults import room
     from tests.faults.layer import Layer
 
-    os.chdir(job["root"])
+    os.chdir(job.get("cwd", job["root"]))
+    if "home" in job:
+        os.environ["HOME"] = job["home"]
     if "call" in job:
         getattr(room, job["call"])(Path(job["root"]), *job.get("arguments", ()))
         return 0
