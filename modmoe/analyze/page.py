@@ -164,6 +164,15 @@ def tokens(
     return f'<div class="tokens" data-kind="{kind}" data-choices="{told}" data-names="{called}">{spans}</div>'
 
 
+def marked(pieces: Sequence[tuple[str, bool]], name: str) -> str:
+    """Return text of which some pieces are marked; ``name`` says what the mark is."""
+    spans = "".join(
+        f'<span class="e0" title="{escape(name)}">{escape(piece)}</span>' if is_marked else escape(piece)
+        for piece, is_marked in pieces
+    )
+    return f'<div class="tokens">{spans}</div>'
+
+
 def counted(texts_L: Sequence[str], *, layer: int) -> str:
     """Return the words of the layer whose colours ``tokens`` has; the script has those of the others."""
     told = escape(json.dumps(list(texts_L), ensure_ascii=False))

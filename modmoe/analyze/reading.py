@@ -158,6 +158,12 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in told)
 
 
+def tell(readings: Mapping[str, Reading]) -> None:
+    """Log what was read of each task."""
+    for reading in readings.values():
+        reading.tell()
+
+
 def summaries(readings: Mapping[str, Reading]) -> dict[str, dict[str, Any]]:
     """Return what ``--json`` has under ``read``, for each task."""
     return {name: reading.summary() for name, reading in readings.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import modmoe
 from modmoe.accounting import tensor_bytes, tensor_parameters
-from modmoe.analyze import page, plots, routed
+from modmoe.analyze import page, plots, routed, rows_page
 from modmoe.analyze.profile import ActivationProfile
 from modmoe.analyze.routing import RoutingView
 from modmoe.analyze.run import Analysis, tokens_by_task
@@ -79,6 +79,7 @@ def write_report(
         "layers": ("Layer by layer", _layers(recipe, analysis, assignments, summary, tasks, views)),
         "tokens": ("Which expert each token chooses", routed.text(views[-1], names) if views else []),
         "text": ("What the models write", _samples(samples) if samples else []),
+        "rows": ("What was read", rows_page.rows_read(analysis.readings)),
         "origin": ("How it was made", _origin(recipe, analysis)),
     }
     shown = {anchor: section for anchor, section in sections.items() if section[1]}

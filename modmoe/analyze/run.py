@@ -21,7 +21,7 @@ from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, toke
 from modmoe.analyze.memory import calibrates
 from modmoe.analyze.partition import Partition, check_num_modules, cut_layers, find_partitioner, save_partitions
 from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
-from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.score import SCORES, module_scores
 from modmoe.analyze.stream import Runner
@@ -166,6 +166,7 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
     readings: dict[str, Reading] = {}
     size = source.settings.get("vocab_size")
     batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
+    tell(readings)
     clusters = count_clusters(recipe)
     if len(batches) == 1 and clusters > 1:
         report = counter(progress, "clustering sequences, tokens", sum(tokens_by_task(batches).values()))
@@ -233,7 +234,7 @@ def tokenize(
 ) -> dict[str, list[Batch]]:
     """Return the batches of each task's rows, as many tokens as the recipe's calibration says.
 
-    ``num_embeddings`` is as for ``encode_tasks``; ``readings`` is filled with what is read, which then is told.
+    ``num_embeddings`` is as for ``encode_tasks``; ``readings`` is filled with what is read.
     """
     calibration, batches = recipe.calibration, {}
     for number, (name, rows) in enumerate(texts.items()):
@@ -253,8 +254,6 @@ def tokenize(
         if readings is not None:
             readings[name] = reading
     progress("tokenizing, tasks", len(texts), len(texts))
-    for reading in (readings or {}).values():
-        reading.tell()
     for name, found in tokens_by_task(batches).items():
         if found < calibration.tokens // _FEW:
             LOG.info(

@@ -16,7 +16,7 @@ from modmoe.accounting import count_sizes, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
 from modmoe.analyze.calibration import load_task
 from modmoe.analyze.memory import calibrates
-from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.run import Progress, counter, save_recipe, silent, tokenize, tokens_by_task
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, resolve_source, write_json
@@ -207,6 +207,7 @@ def _measure(
     tokenizer = load_tokenizer(source.checkpoint.directory, trust_remote_code=recipe.trust_remote_code)
     size = source.checkpoint.config.get("vocab_size")
     batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
+    tell(readings)
     progress("opening the model whole")
     return measure_experts(
         _load(recipe, source, device=recipe.device),

@@ -22,7 +22,7 @@ from trl.trainer.sft_config import SFTConfig
 from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
 from modmoe.analyze.memory import names_what_to_lower
-from modmoe.analyze.reading import Reading, summaries
+from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.run import save_recipe, silent
 from modmoe.checkpoint import Checkpoint, CheckpointWriter, copy_companions, read_config, resolve_source, write_json
 from modmoe.convert.code import check_auto_map, own_files, write_code
@@ -150,8 +150,7 @@ def _run(
     )
     readings: dict[str, Reading] = {}
     dataset = read(readings=readings)
-    for reading in readings.values():
-        reading.tell()
+    tell(readings)
     found = find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
     step = int(ranks.from_first(torch.tensor(0 if found is None else step_of(found))))
     state = states / f"checkpoint-{step}" if step else None
