@@ -19,6 +19,7 @@ from modmoe.documents import MOST_HEADER_BYTES, check_links, is_plain_name, open
 from modmoe.errors import CheckpointError
 from modmoe.kinds.forms import find_lack, wrong_with
 from modmoe.kinds.headers import Header
+from modmoe.seal import MARK, is_marked
 from modmoe.shards import DTYPES
 
 FETCH = "fetch it again, or write the checkpoint anew"
@@ -190,11 +191,12 @@ def check_leftovers(directory: Path, findings: Findings) -> None:
     if path.name.endswith(tuple(_BESIDE)):
         wrong = "is what a run writes into, or an older output that it was about to replace"
         findings.fault(path, wrong, "run the command again; it writes whole outputs under another name")
-    if _is_held(path.with_name(f".{path.name}.lock")):
+    if _is_held(path.with_name(f"{path.name}.partial") / MARK):
         findings.note(f"{path}: a run is writing it anew now")
     else:
         for end, (wrong, remedy) in _BESIDE.items():
-            if path.with_name(path.name + end).exists():
+            # what has no mark is the user's own, whatever it is called
+            if is_marked(path.with_name(path.name + end)):
                 findings.fault(path.with_name(path.name + end), wrong, remedy)
     for file in itertools.chain(*(sorted(directory.glob(pattern)) for pattern in (*_UNFINISHED, _TEMPORARY))):
         findings.fault(file, "was left by an interrupted run or download", "delete it")
@@ -208,6 +210,7 @@ def check_leftovers(directory: Path, findings: Findings) -> None:
 
 
 def _is_held(lock: Path) -> bool:
+    """Return whether a run that is alive holds the lock on its mark."""
     try:
         handle = os.open(lock, os.O_RDWR)
     except OSError:

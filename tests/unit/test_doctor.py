@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import modmoe
 from modmoe.checkpoint import INDEX, MANIFEST, SINGLE
 from modmoe.errors import CheckpointError
+from modmoe.seal import MARK
 from tests.planned import write_tied
 from tests.tiny import save_dense
 
@@ -140,7 +141,11 @@ def mark_code(directory: Path) -> None:
 
 
 def beside(end: str) -> Callable[[Path], None]:
-    return lambda directory: directory.with_name(directory.name + end).mkdir()
+    def leave(directory: Path) -> None:
+        directory.with_name(directory.name + end).mkdir()
+        (directory.with_name(directory.name + end) / MARK).touch()
+
+    return leave
 
 
 def leave_shard(directory: Path) -> None:
@@ -271,7 +276,14 @@ CASES: list[tuple[str, str, Callable[[Path], object], str, str, str]] = [
     ("replaced", "tied", beside(".replaced"), ".replaced", "is an older output", "delete it"),
     ("shard of a run", "tied", leave_shard, "shard-00000.safetensors", "was left by", "delete it"),
     ("no tokenizer", "dense", no_tokenizer, "", "has no tokenizer", "copy the tokenizer's files"),
-    ("tokens", "tied", more_tokens, "tokenizer.json", "has id 264, and the embeddings have 264 rows", "resize_token_embeddings(279)"),
+    (
+        "tokens",
+        "tied",
+        more_tokens,
+        "tokenizer.json",
+        "has id 264, and the embeddings have 264 rows",
+        "resize_token_embeddings(279)",
+    ),
 ]
 
 
@@ -313,9 +325,11 @@ def test_all_faults_are_named_at_once(whole: dict[str, Path], tmp_path: Path) ->
     edit_json("config.json", default_expert="maths")(directory)
     mark_code(directory)
     no_tokenizer(directory)
-    (tmp_path / "model.replaced").mkdir()
+    beside(".replaced")(tmp_path / "model")
+    (tmp_path / "model.states").mkdir()  # has no mark, so it is the user's own
     places = " ".join(fault["place"] for fault in modmoe.doctor(directory)["faults"])
     assert all(part in places for part in (UP, "default_expert", "modeling_modmoe.py", "model.replaced"))
+    assert not any("model.states" in place for place in places)
     assert len(modmoe.doctor(directory)["faults"]) == 6  # the NaN is told by its sum too
 
 
