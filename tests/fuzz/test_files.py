@@ -82,6 +82,7 @@ def test_adapter(adapter: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_measurements(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "measured.safetensors"
+    path.unlink(missing_ok=True)
     is_profile = data.draw(st.booleans())
     if is_profile:
         save_profiles(path, [_profile()])
