@@ -167,7 +167,6 @@ def _convert(
             [resolved.source],
             resolved.tasks if reads_text and not options["dry_run"] else {},
             takes_adapters=False,
-            needs_weights=reads_text or not options["dry_run"],
             reads_text=reads_text,
         )
     inputs = recipe_inputs(resolved, source, recipe)
@@ -249,8 +248,8 @@ def finetune(
     assert resolved.source is not None
     teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
     texts = () if dry_run else (resolved.tasks, eval_tasks or {})
-    check_there([resolved.source], *texts, needs_weights=not dry_run)
-    check_there([teacher], needs_weights=not dry_run, reads_text=False)
+    check_there([resolved.source], *texts, needs_tokenizer=not dry_run)
+    check_there([teacher], reads_text=False)
     out = _output("finetune", output)
     inputs = recipe_inputs(resolved, source, recipe, eval_tasks)
     check_places(out, overwrite=overwrite, trains=True, resume=resume or dry_run, inputs=inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from modmoe.documents import local_directory, read_object
 from modmoe.errors import CheckpointError
-from modmoe.kinds.forms import describe_file, find_form, find_lack, find_pointers, is_adapter, is_model
+from modmoe.kinds.forms import describe_file, find_form, find_pointers, is_adapter, is_model
 from modmoe.kinds.headers import Headers, Problem, read_headers
 from modmoe.kinds.names import find_adapters, find_wrapped
 from modmoe.kinds.quantized import find_quantization
@@ -29,16 +29,16 @@ def check_kind(directory: Path, config: Mapping[str, Any], headers: Headers) -> 
 
 
 def check_source(
-    source: str | Path, *, takes_adapters: bool = True, needs_weights: bool = True, reads_text: bool = True
+    source: str | Path, *, takes_adapters: bool = True, needs_tokenizer: bool = True, reads_text: bool = True
 ) -> None:
     """Check what a command was given as a model, where it is on this disk, without loading torch.
 
-    What is damaged is left to those who open it.
+    What is damaged, or holds nothing of a model, is left to those who open it.
 
     Args:
         source: a directory, or a Hub id, of which nothing is known here.
         takes_adapters: an adapter without its model will do.
-        needs_weights: config.json alone will not.
+        needs_tokenizer: False where its tokenizer is used if there is one, as in a plan.
         reads_text: its tokenizer is going to be used.
 
     Raises:
@@ -55,16 +55,16 @@ def check_source(
     if not is_model(directory):
         if takes_adapters and is_adapter(directory):
             return
-        lack = find_lack(directory) if needs_weights else find_form(directory)
-        if lack is not None:
-            raise CheckpointError(str(lack))
+        form = find_form(directory)
+        if form is not None:
+            raise CheckpointError(str(form))
     try:
         config = read_object(directory / "config.json")
     except CheckpointError:
         return
     headers = read_headers(directory)
     check_kind(directory, config, headers)
-    if reads_text and (needs_weights or has_tokenizer(directory)):
+    if headers and reads_text and (needs_tokenizer or has_tokenizer(directory)):
         check_rows(directory, count_rows(headers))
 
 
