@@ -227,6 +227,7 @@ def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
     last = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
     added = ("expert_ids", "routing_prompt", "output_router_logits")
     more = [inspect.Parameter(name, keyword, default=None) for name in added if name not in signature.parameters]
+    routed.__annotations__ = {**forward.__annotations__, "return": MoeCausalLMOutputWithPast | tuple}
     routed.__signature__ = signature.replace(parameters=[*parameters, *more, *last])  # type: ignore[attr-defined]
     return routed
 

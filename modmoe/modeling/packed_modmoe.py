@@ -29,6 +29,10 @@ For engines: on its own this way of computing is slower than the tied form, and 
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +44,8 @@ from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 PREFIX = "ModMoEPacked"
 TYPE_PREFIX = "modmoe_packed_"
@@ -66,6 +72,16 @@ class PackedFields:
     """The fields of the tied model it was made from, among them its experts: ``num_experts``, ``stored_modules``..."""
     dense_config: dict[str, Any] = field(default_factory=dict)
     """The dense model's values of the keys that conversion changed."""
+
+
+class _Thread(threading.local):
+    """What a thread records; a context variable would be the same, but compilers cannot trace one."""
+
+    logits: dict[int, Tensor] | None = None
+    """Router logits [T, E] of the pass under way, by layer, where the caller asks for them."""
+
+
+_THREAD = _Thread()
 
 
 @use_experts_implementation
@@ -96,9 +112,10 @@ class ModuleExperts(nn.Module):
 class ModuleRouter(nn.Module):
     """Scores experts and returns modules."""
 
-    def __init__(self, config: Any, stored: int) -> None:
+    def __init__(self, config: Any, stored: int, layer: int = 0) -> None:
         """Make the router of a layer with ``stored`` modules."""
         super().__init__()
+        self.layer = layer
         modular = config.modular
         experts, hidden = modular["num_experts"], modular["router_hidden"]
         self.top_k = min(modular["num_experts_per_tok"], experts)
@@ -129,7 +146,10 @@ class ModuleRouter(nn.Module):
             return shares_TS > 0, shares_TS
         if self.hidden is not None:
             x_TD = torch.relu(F.linear(x_TD, self.hidden))
-        probs_TE = F.linear(x_TD, self.scores).softmax(-1, dtype=high)
+        logits_TE = F.linear(x_TD, self.scores)
+        if _THREAD.logits is not None:
+            _THREAD.logits.setdefault(self.layer, logits_TE)
+        probs_TE = logits_TE.softmax(-1, dtype=high)
         probs_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         none_TE = torch.zeros_like(probs_TE)
         active_TS = none_TE.scatter(1, experts_TK, 1.0) @ member_ES > 0
@@ -147,7 +167,7 @@ class ModuleMoE(nn.Module):
         """Make the block of a layer."""
         super().__init__()
         stored = config.modular["stored_modules"][layer]
-        self.router = ModuleRouter(config, stored)
+        self.router = ModuleRouter(config, stored, layer)
         self.experts = ModuleExperts(config, stored)
         self.means, self.left_out = None, int(config.modular["left_out_means"])
         if config.modular["compensation"]:
@@ -162,6 +182,52 @@ class ModuleMoE(nn.Module):
             # what makes up for modules that no expert has, if there are such, is the last row
             y_TD = y_TD + F.pad((~active_TS).to(y_TD.dtype), (0, self.left_out), value=1.0) @ self.means
         return y_TD.reshape(hidden_states.shape)
+
+
+def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a dense forward that takes ``output_router_logits``: the logits of the experts, [T, E] by layer."""
+    signature = inspect.signature(forward)
+    names = list(signature.parameters)[1:]
+
+    @functools.wraps(forward)
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.pop("output_router_logits", None)
+        if not (getattr(self.config, "output_router_logits", False) if asked is None else asked):
+            return forward(self, *args, **kwargs)
+        as_given = kwargs.pop("return_dict", None)
+        before, found = _THREAD.logits, {}
+        _THREAD.logits = found
+        try:
+            output = forward(self, *args, **{**kwargs, "return_dict": True})
+        finally:
+            _THREAD.logits = before
+        mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+        made = _with_logits(self.config, output, tuple(found[layer] for layer in sorted(found)), mask)
+        return made if (self.config.return_dict if as_given is None else as_given) else made.to_tuple()
+
+    parameters = list(signature.parameters.values())
+    last = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    if "output_router_logits" not in signature.parameters:
+        last = [inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None), *last]
+    recorded.__signature__ = signature.replace(parameters=[*parameters, *last])  # type: ignore[attr-defined]
+    return recorded
+
+
+def _with_logits(config: Any, output: Any, router_logits: tuple[Tensor, ...], mask: Any) -> Any:
+    """Return an output with router logits, and with the balance loss if the configuration has its factor."""
+    if "logits" not in output:
+        return MoeModelOutputWithPast(**output, router_logits=router_logits)
+    made = MoeCausalLMOutputWithPast(**output, router_logits=router_logits)
+    factor, batch = getattr(config, "router_aux_loss_coef", None), output.logits.shape[0]
+    if factor is not None and router_logits:
+        is_of_keys = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
+        mask_BT = mask[:, -(len(router_logits[0]) // batch) :] if is_of_keys else None
+        modular = config.modular
+        top_k = min(modular["num_experts_per_tok"], modular["num_experts"])
+        made.aux_loss = load_balancing_loss_func(router_logits, modular["num_experts"], top_k, mask_BT)
+        if made.loss is not None:
+            made.loss = made.loss + factor * made.aux_loss.to(made.loss.device)
+    return made
 
 
 _CONFIGS: dict[type, type] = {}
@@ -242,6 +308,7 @@ def model_class(base: type) -> type:
                 "__module__": __name__,
                 "__doc__": f"{base.__name__} with modules as experts.",
                 "__init__": __init__,
+                "forward": _recorded(base.forward),  # type: ignore[attr-defined]
                 # transformers would ask the dense class, which has none
                 "_can_set_experts_implementation": classmethod(lambda cls: True),
                 "config_class": made,

@@ -39,7 +39,7 @@ class RoutingState:
     logits: dict[int, Tensor] = field(default_factory=dict)
     """Where ``record_router_logits`` has them put, by layer."""
     waiting: Any = field(default_factory=weakref.WeakSet, repr=False, compare=False)
-    """Passes whose gradients are still to come, as far as recomputed layers would need to know of them."""
+    """Passes whose gradients are still to come: layers that are recomputed run in one of them."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to passes: a copy of a model has made none."""
@@ -84,6 +84,11 @@ class Pass:
     def is_marked(self) -> bool:
         """Whether a prompt is marked in this pass."""
         return isinstance(self.prompt_tokens, Tensor) or self.prompt_tokens > 0
+
+    @property
+    def is_said(self) -> bool:
+        """Whether the caller said what the input of a layer does not."""
+        return not (self.expert_ids_N is None and self.position_BT is None and self.valid_BT is None)
 
     def kept_choice(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Return the experts and weights of each token, [N, K], where a prompt fixed them and no one asks for more."""
@@ -139,15 +144,15 @@ def pass_of(settings: RoutingState, x: Tensor) -> Pass:
         return run
     if not torch.compiler.is_compiling() and settings.waiting and _is_in_backward():
         # a layer that is recomputed by other means than the model's own
-        waiting = list(settings.waiting)
+        waiting: list[Pass] = list(settings.waiting)
         if len(waiting) == 1:
-            found: Pass = waiting[0]
-            return found
-        raise RuntimeError(
-            f"a layer is recomputed in the backward pass, and the gradients of {len(waiting)} calls are to come: it "
-            "cannot be known which one it belongs to. Checkpoint with model.gradient_checkpointing_enable(), or go "
-            "backward after each call."
-        )
+            return waiting[0]
+        if any(run.is_said for run in waiting):
+            raise RuntimeError(
+                f"a layer is recomputed in the backward pass, and the gradients of {len(waiting)} calls are to come: "
+                "it cannot be known which one it belongs to. Checkpoint with activation_checkpointing_enable(), or "
+                "go backward after each call."
+            )
     return Pass(settings, (1, x.shape[0]) if x.dim() == 2 else (x.shape[0], x.shape[1]))
 
 
@@ -171,8 +176,7 @@ def end_pass(settings: RoutingState, output: Tensor | None) -> None:
         return
     _THREAD.run = run.before
     run.before = run.logits = None
-    is_said = run.expert_ids_N is not None or run.position_BT is not None or run.valid_BT is not None
-    if is_said and output is not None and output.grad_fn is not None and not torch.compiler.is_compiling():
+    if output is not None and output.grad_fn is not None and not torch.compiler.is_compiling():
         # it lives as long as the graph does
         output.grad_fn.metadata["modmoe_pass"] = run
         settings.waiting.add(run)
