@@ -21,6 +21,10 @@ FUZZ_SECONDS ?= 120
 # programs that read what modmoe writes, for test-clients
 CLIENTS := build/llama_cpp
 LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
+# transformers' tests of models, of the version that is installed; MODMOE_TRANSFORMERS_TESTS names those of a checkout
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
+MODEL_TESTS := build/transformers_tests
+MODMOE_TRANSFORMERS_TESTS ?= $(abspath $(MODEL_TESTS))/tests
 
 .PHONY: help demo test test-clients test-faults test-fuzz lint format types imports sizes unit docs wheel clean install \
 	screenshots links
@@ -90,8 +94,17 @@ test-fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.fuzz.bytes_level $(FUZZ_SECONDS)
 
 # llama.cpp's converter lies in the source distribution of llama-cpp-python alone, so it is fetched beside the wheel
-test-clients: $(CLIENTS)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m clients $(PYTEST_ARGS)
+test-clients: $(CLIENTS)/.installed $(MODEL_TESTS)/.fetched
+	OMP_NUM_THREADS=1 MODMOE_TRANSFORMERS_TESTS=$(MODMOE_TRANSFORMERS_TESTS) $(BIN)/pytest -m clients $(PYTEST_ARGS)
+
+$(MODEL_TESTS)/.fetched: $(STAMP)
+	mkdir -p $(MODEL_TESTS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH) -e '.[dev]' parameterized
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary transformers --dest $(MODEL_TESTS) \
+		transformers==$(TRANSFORMERS)
+	tar -xzf $(MODEL_TESTS)/transformers-$(TRANSFORMERS).tar.gz -C $(MODEL_TESTS) --strip-components=1 \
+		transformers-$(TRANSFORMERS)/tests
+	@touch $@
 
 $(CLIENTS)/.installed: $(STAMP)
 	mkdir -p $(CLIENTS)
