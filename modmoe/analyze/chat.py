@@ -58,9 +58,10 @@ class Template:
             if not _MARKS.search(template):
                 return []
             words: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
-            texts, marks = render_jinja_template(
+            found: Any = render_jinja_template(
                 [messages], chat_template=template, return_assistant_tokens_mask=True, **words
             )
+            texts, marks = found
         except MemoryError:
             raise
         except Exception:

@@ -13,7 +13,7 @@ from typing import Any
 
 from modmoe.analyze.chat import Span, Template, options_of
 from modmoe.analyze.rows import TaskRows
-from modmoe.analyze.turns import Conversation
+from modmoe.analyze.turns import SILENCE, Conversation
 from modmoe.bounded import in_bounds
 from modmoe.errors import CalibrationError, CheckpointError
 from modmoe.tokenizer_files import files_of
@@ -44,7 +44,9 @@ class EncodedRow:
     num_bytes: list[int]
     """UTF-8 bytes of the text that each token adds; all 0 where what counts was not asked for."""
     lost: list[str]
-    """What the chat template leaves out: TOOLS, CALLS, REASONING, CONTENT of ``modmoe.analyze.turns``."""
+    """What the chat template leaves out: TOOLS, CALLS, REASONING, CONTENT of ``modmoe.analyze.turns``, or SILENCE."""
+    is_cut: bool
+    """Whether the row has more tokens than these."""
     shown: list[Piece]
     """The first tokens in words; of the first row alone."""
 
@@ -53,6 +55,7 @@ class EncodedRow:
         return replace(
             self,
             input_ids=self.input_ids[:length],
+            is_cut=self.is_cut or len(self.input_ids) > length,
             counted=self.counted[:length],
             num_bytes=self.num_bytes[:length],
         )
@@ -100,7 +103,7 @@ def encode_tasks(
     )
     with contextlib.closing(items):  # type: ignore[type-var]
         for item in items:
-            for task, index, ids, runs, sizes, lost, shown in item:
+            for task, index, ids, runs, sizes, lost, is_cut, shown in item:
                 _check_ids(tokenizer, tasks[task], index, ids, num_embeddings)
                 yield EncodedRow(
                     task=task,
@@ -109,6 +112,7 @@ def encode_tasks(
                     counted=[True] * len(ids) if runs is None else _flags(runs, len(ids)),
                     num_bytes=sizes or [0] * len(ids),
                     lost=lost,
+                    is_cut=is_cut,
                     shown=[(str(text), bool(counted)) for text, counted in shown],
                 )
 
@@ -157,7 +161,7 @@ class _Text:
     """What comes before that which counts, as text; None where ``spans`` say what counts."""
     spans: list[Span]
     num_characters: int
-    """Of the row itself, without the end-of-text token."""
+    """Of the row itself, whole and without the end-of-text token."""
     lost: list[str]
 
 
@@ -176,7 +180,7 @@ class _Encoder:
         self._is_seen = [False] * len(tasks)
 
     def encode(self, order: Iterable[tuple[int, int]]) -> Iterator[list[Any]]:
-        """Yield lists of rows as JSON can hold them: task, index, ids, runs that count, sizes, what is lost, words."""
+        """Yield lists of rows: task, index, ids, where they count, bytes, what is lost, whether it is cut, words."""
         texts: list[_Text] = []
         num_rows, num_characters = _FIRST_ROWS, 0
         for task, index in order:
@@ -197,8 +201,9 @@ class _Encoder:
     def _write(self, task: int, index: int) -> _Text:
         rows, counts = self._tasks[task], self._counts
         row, place = rows[index], f"{rows.place}: row {rows.numbers[index]}"
-        text, prompt, lost, is_special = "", None, [], True
+        text, prompt, is_special = "", None, True
         spans: list[Span] = []
+        lost: list[str] = []
         if "messages" in row:
             text, spans, lost = self._converse(place, row, row["messages"], 0, counts=counts)
         elif "text" in row:
@@ -238,7 +243,8 @@ class _Encoder:
         text, way = self._template.choose(place, messages, options)
         conversation = Conversation(place, self._template, way(messages), options, text)
         lost = conversation.lost()
-        return text, (conversation.spans(first) if counts else []), lost
+        spans = conversation.spans(first) if counts else []
+        return text, spans, lost if spans or not counts else [*lost, SILENCE]
 
     def _converse_pair(self, place: str, row: dict[str, Any]) -> tuple[str, str | None, list[Span], list[str]]:
         """Return the text of a prompt and a completion of messages, and that of the prompt as TRL writes it alone.
@@ -270,7 +276,8 @@ class _Encoder:
                 runs, sizes = _runs(counted[: self._longest]), _sizes(row, offsets)[: self._longest]
             shown = self._words(ids, _flags(runs, len(ids))) if is_first and runs is not None else []
             told = (runs, sizes) if self._counts else (None, None)
-            found.append((row.task, row.index, ids[: self._longest], *told, row.lost, shown))
+            is_cut = len(ids) > (self._longest or len(ids)) or row.num_characters > len(row.text)
+            found.append((row.task, row.index, ids[: self._longest], *told, row.lost, is_cut, shown))
         return found
 
     def _call(

@@ -10,12 +10,15 @@ from typing import Any
 from modmoe.analyze.encoding import EncodedRow, Piece
 from modmoe.analyze.forms import EMPTY, NO_ANSWER, NO_ASSISTANT, NO_COMPLETION, lacks
 from modmoe.analyze.rows import TaskRows
+from modmoe.analyze.turns import SILENCE
 from modmoe.errors import CalibrationError, hide_secrets
 
 LOG = logging.getLogger(__name__)
 # scripts from here on, of the far East, put no space between words
 _FIRST_WITHOUT_SPACES = "\u2e80"
+NOT_WRITTEN = "nothing that the assistant says is in the text that the model reads"
 _REMEDIES = {
+    NOT_WRITTEN: "use a model whose chat template writes it, calls of tools too",
     NO_COMPLETION: "fill in 'completion'",
     NO_ASSISTANT: "give messages whose 'role' is 'assistant'",
     NO_ANSWER: "fill in the 'content' of the assistant's messages",
@@ -41,7 +44,7 @@ class Reading:
         self.left_out: Counter[str] = Counter(rows.left_out)
         self.first: list[Piece] = []
         self._lost: Counter[str] = Counter()
-        self._pairs = self._joint = self._plain = 0
+        self._pairs = self._joint = self._plain = self._cut = 0
         self._joint_words = ""
         self._reasons = [lacks(row) for row in rows]
         self._learns, self._use = learns, "learn from" if learns else "read"
@@ -53,17 +56,22 @@ class Reading:
         return not (self._learns and self._reasons[index])
 
     def add(self, row: EncodedRow, *, counted: int | None = None, tokens: int | None = None) -> bool:
-        """Count a row, and return whether it is of use: it has a token, and where a model learns, one that counts."""
+        """Count a row, and return whether it is of use: it has a token, and where a model learns, one that counts.
+
+        ``counted`` and ``tokens`` say how many are read of a row that is whole, and becomes several sequences.
+        """
+        is_cut = row.is_cut or (tokens is not None and tokens < len(row.input_ids))
         self.first = self.first or row.shown
         counted = sum(row.counted) if counted is None else counted
+        self._lost.update(what for what in row.lost if what != SILENCE)
         if not (counted if self._learns else row.input_ids):
-            reason = f"no token to {self._use} within {self._length} tokens"
+            reason = NOT_WRITTEN if SILENCE in row.lost else f"no token to {self._use} within {self._length} tokens"
             self.left_out[reason] += 1
             return False
+        self._cut += is_cut
         self.num_rows += 1
         self.num_tokens += len(row.input_ids) if tokens is None else tokens
         self.num_counted += counted
-        self._lost.update(row.lost)
         self._look_at(self._rows[row.index])
         return True
 
@@ -100,6 +108,7 @@ class Reading:
             "rows_in_file": self._rows.num_in_file,
             "tokens": self.num_tokens,
             "counted": self.num_counted,
+            "cut": self._cut,
             "left_out": dict(self.left_out),
             "warnings": self.warnings(),
         }
@@ -141,6 +150,8 @@ class Reading:
             f"{name}: {self.num_rows:,} of {self._rows.num_in_file:,} rows read, {self.num_tokens:,} tokens, of which "
             f"{self.num_counted:,} count"
         )
+        if self._cut:
+            line += f"; {self._cut:,} rows are cut to {self._length:,} tokens"
         if self.left_out:
             told = ", ".join(f"{reason} ({count:,})" for reason, count in self.left_out.most_common())
             line += f"; left out: {told}"

@@ -19,11 +19,16 @@ def rows_read(readings: Mapping[str, Reading]) -> list[str]:
             f"{read['rows']:,}",
             f"{read['rows_in_file']:,}",
             f"{read['tokens']:,}",
+            f"{read['cut']:,}",
             ", ".join(f"{reason} ({count:,})" for reason, count in read["left_out"].items()) or "-",
         )
         for name, read in found.items()
     ]
-    parts = [page.table("Rows.", ("task", "rows read", "rows in the file", "tokens", "left out"), lines, is_words=True)]
+    parts = [
+        page.table(
+            "Rows.", ("task", "rows read", "rows in the file", "tokens", "rows cut", "left out"), lines, is_words=True
+        )
+    ]
     parts += [page.paragraph(f"{name}: {words}.") for name, read in found.items() for words in read["warnings"]]
     shown = {name: reading.first for name, reading in readings.items() if reading.first}
     if shown:

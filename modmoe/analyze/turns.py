@@ -18,6 +18,8 @@ from modmoe.errors import CalibrationError
 
 TOOLS, CALLS, REASONING, CONTENT = "tools", "tool calls", "reasoning", "messages"
 """What a template may leave out of its text."""
+SILENCE = "silence"
+"""Nothing that the assistant says is in the text."""
 _END_OF_THOUGHT = "</think>"
 _CALL_PARTS = ("name", "arguments")
 _UNCLOSED = re.compile(r"[<\[][^>\]]*$")

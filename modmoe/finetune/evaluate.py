@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modmoe.analyze import ranks
-from modmoe.analyze.calibration import load_task
+from modmoe.analyze.calibration import load_task, warn_of_length
 from modmoe.analyze.encoding import EncodedRow, encode_rows
 from modmoe.analyze.reading import Reading, summaries
 from modmoe.analyze.rows import TaskRows
@@ -132,7 +132,9 @@ def evaluate_model(
     for name in tasks:
         expert_of(model, name, expert)  # before the first task has taken its time
     results = {}
-    size = model.get_input_embeddings().weight.shape[0]
+    warn_of_length(model.config, sequence_length, "sequence_length")
+    embeddings: Any = model.get_input_embeddings()
+    size = int(embeddings.weight.shape[0])
     for name, file in tasks.items():
         rows, read = _draw(load_task(name, file), tokenizer, tokens, sequence_length, seed, size)
         if readings is not None:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches, warn_of_length
 from modmoe.analyze.encoding import encode_row
 from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.run import silent, tokenize
 from modmoe.analyze.stream import WholeModel
+from modmoe.cli import main
 from modmoe.errors import CalibrationError
 from modmoe.families import FAMILIES
 from modmoe.recipe import CalibrationRecipe, Recipe
-from tests.tiny import dense_model, tokenizer
+from tests.tiny import dense_model, save_dense, tokenizer, write_tasks
 
 TEXT = [{"text": "a b c"}, {"text": "d"}]
 PAIR = [{"prompt": "1+1=", "completion": "2"}]
@@ -167,7 +168,7 @@ def test_a_template_that_writes_the_first_token_does_not_get_a_second() -> None:
 def test_a_template_that_refuses_a_row_is_said_in_one_line() -> None:
     tok = tokenizer()
     tok.chat_template = "{{ raise_exception('no such\nrole') }}"
-    with pytest.raises(CalibrationError, match=r"tasks\.t: t\.jsonl: row 1: the chat template refuses its messages: no such role"):
+    with pytest.raises(CalibrationError, match=r"tasks\.t: t\.jsonl: row 1: the chat template refuses .* no such role"):
         token_batches(tok, "t", task(TALK), tokens=5, sequence_length=4, batch_size=1, seed=0)
 
 
@@ -194,3 +195,32 @@ def test_clusters_keep_every_sequence_and_part_two_kinds_of_text() -> None:
     assert sum(batch.num_tokens for cluster in clusters.values() for batch in cluster) == 12 * 9
     with pytest.raises(CalibrationError, match="cannot make 13 clusters"):
         cluster_sequences(WholeModel(dense_model("llama"), FAMILIES["llama"]), batches, 13, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "said"),
+    [
+        ({"max_position_embeddings": 128}, 129, "129 tokens are more than the 128 positions"),
+        ({"max_position_embeddings": 2048}, 8192, "8,192 tokens are more than the 2,048 positions"),
+        (dense_model("llama").config, 200, "200 tokens are more than the 128 positions"),
+        ({"max_position_embeddings": 128}, 128, None),
+        ({}, 9999, None),
+    ],
+)
+def test_sequences_longer_than_the_model_has_positions_are_named(caplog, settings, length, said):
+    warn_of_length(settings, length, "calibration.sequence_length")
+    assert [said in record.message for record in caplog.records] == ([True] if said else [])
+
+
+def test_every_step_names_them(tmp_path, caplog):
+    dense, tasks = save_dense(tmp_path / "dense", "llama"), write_tasks(tmp_path / "tasks", rows=6)
+    names = [part for name in ("sums", "code") for part in ("--task", f"{name}={tasks[name]}")]
+    for arguments, place in (
+        (["convert", str(dense), str(tmp_path / "moe"), "--tokens", "64", "--num-modules", "8"], "calibration"),
+        (["finetune", str(tmp_path / "moe"), str(tmp_path / "tuned"), "--max-steps", "1"], "finetune"),
+        (["eval", str(dense), "--tokens", "64"], ""),
+    ):
+        caplog.clear()
+        assert main.run([*arguments, *names, "--sequence-length", "500", "-q"]) == 0
+        found = [record.message for record in caplog.records if "positions of the model" in record.message]
+        assert len(found) == 1 and place in found[0]

@@ -192,7 +192,7 @@ def test_a_task_that_is_no_expert_is_refused(room: Path, tmp_path: Path, tasks: 
 def test_text_that_does_not_fit_is_refused(room: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
-    with pytest.raises(CalibrationError, match=r"no token to learn from within 32 tokens \(1\); raise --sequence-length"):
+    with pytest.raises(CalibrationError, match=r"to learn from within 32 tokens \(1\); raise --sequence-length"):
         run(room, tmp_path / "out", "token", {"long": str(file)}, max_steps=2)
 
 

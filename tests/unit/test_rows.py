@@ -155,6 +155,7 @@ def test_what_may_not_be_meant_is_told_once(
         ([{"prompt": "p" * 40, "completion": "c"}], "within 32 tokens (1); raise --sequence-length"),
         ([{"prompt": "p", "completion": ""}] * 2 + [{"text": "a"}], "the completion is empty (2), no token to learn"),
         ([{"prompt": talk("a"), "completion": []}], "the completion is empty (1)"),
+        ([{"messages": talk("", tool_calls=CALLS)}], "text that the model reads (1); use a model whose chat template"),
     ],
 )  # fmt: skip
 def test_a_task_with_nothing_to_learn_from_is_refused_by_its_reason(
@@ -172,12 +173,12 @@ def test_a_task_with_nothing_to_learn_from_is_refused_by_its_reason(
 
 def test_rows_with_nothing_to_learn_from_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}, {"text": ""}, {"messages": talk("")}]
-    rows += [{"prompt": "p" * 40, "completion": "c"}]
+    rows += [{"prompt": "p" * 40, "completion": "c"}, {"prompt": "p", "completion": "c" * 40}, {"text": "t" * 70}]
     readings: dict[str, Reading] = {}
     file = write(tmp_path / "t.jsonl", rows)
     training_set(tiny.tokenizer(), {"t": file}, sequence_length=32, num_sequences=9, seed=0, readings=readings)
     found = readings["t"].summary()
-    assert (found["rows"], found["rows_in_file"], found["counted"]) == (1, 5, 2)
+    assert (found["rows"], found["rows_in_file"], found["counted"], found["cut"]) == (3, 7, 2 + 31 + 67, 1)
     assert found["left_out"] == {
         "the row is empty": 1,
         "the completion is empty": 1,
