@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from modmoe.analyze.encoding import encode_rows
 from modmoe.analyze.reading import Reading
 from modmoe.analyze.rows import TaskRows, read_rows
 from modmoe.errors import CalibrationError
+
+LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from modmoe.analyze.stream import Runner, Turn
@@ -56,6 +59,23 @@ def load_task(name: str, file: str, *, limit: int | None = None) -> TaskRows:
             with the task, the file, the row and the remedy.
     """
     return read_rows(name, file, limit)
+
+
+def warn_of_length(settings: Any, sequence_length: int, place: str) -> None:
+    """Warn where sequences are longer than a model has positions: what it computes behind them it never learned.
+
+    Args:
+        settings: the model's configuration, or its values.
+        sequence_length: tokens of a sequence, at most.
+        place: the key that the length was given under.
+    """
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    positions = values.get("max_position_embeddings")
+    if isinstance(positions, int) and 0 < positions < sequence_length:
+        LOG.warning(
+            f"{place}: {sequence_length:,} tokens are more than the {positions:,} positions of the model "
+            f"(max_position_embeddings), which learned nothing of those behind; give {positions:,} at most"
+        )
 
 
 def token_batches(

@@ -17,7 +17,7 @@ from torch import Tensor
 import modmoe
 from modmoe.analyze import ranks
 from modmoe.analyze.bylayer import fits, free_bytes, model_bytes, open_model
-from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches
+from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches, warn_of_length
 from modmoe.analyze.memory import calibrates
 from modmoe.analyze.partition import Partition, check_num_modules, cut_layers, find_partitioner, save_partitions
 from modmoe.analyze.profile import ActivationProfile, profile_model, save_profiles
@@ -165,6 +165,7 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.trust_remote_code)
     readings: dict[str, Reading] = {}
     size = source.settings.get("vocab_size")
+    warn_of_length(source.settings, recipe.calibration.sequence_length, "calibration.sequence_length")
     batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
     tell(readings)
     clusters = count_clusters(recipe)

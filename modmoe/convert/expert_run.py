@@ -14,7 +14,7 @@ import torch
 
 from modmoe.accounting import count_sizes, tensor_bytes, tensor_parameters
 from modmoe.analyze import ranks
-from modmoe.analyze.calibration import load_task
+from modmoe.analyze.calibration import load_task, warn_of_length
 from modmoe.analyze.memory import calibrates
 from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.rows import TaskRows
@@ -206,6 +206,7 @@ def _measure(
 ) -> dict[int, ExpertStats]:
     tokenizer = load_tokenizer(source.checkpoint.directory, trust_remote_code=recipe.trust_remote_code)
     size = source.checkpoint.config.get("vocab_size")
+    warn_of_length(source.checkpoint.config, recipe.calibration.sequence_length, "calibration.sequence_length")
     batches = tokenize(recipe, source.texts, tokenizer, progress, num_embeddings=size, readings=readings)
     tell(readings)
     progress("opening the model whole")

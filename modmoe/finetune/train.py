@@ -21,6 +21,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
+from modmoe.analyze.calibration import warn_of_length
 from modmoe.analyze.memory import names_what_to_lower
 from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.run import save_recipe, silent
@@ -35,7 +36,7 @@ from modmoe.finetune.evaluate import evaluate_model
 from modmoe.finetune.learns import choose_what_learns, is_routed_by_task
 from modmoe.finetune.resume import all_states, describe_run, disk_bytes, find_state, states_of, step_of
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report, WholeRun
-from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
+from modmoe.loading import check_models, is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
 from modmoe.preflight import check_states
 from modmoe.recipe import Recipe
 from modmoe.seal import clear, is_marked
@@ -126,6 +127,7 @@ def _run(
         )
     progress("loading")
     device = pick_device(recipe.device)
+    check_models([source, wanted.distill_from if wanted.distill_weight > 0 else None], trust_remote_code=trust)
     model, lora = _open(source, recipe, device)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     teacher = None
@@ -136,6 +138,7 @@ def _run(
     packing = wanted.packing and all(map(keeps_rows_apart, [model, *([teacher] if teacher is not None else [])]))
     if wanted.packing and not packing:
         LOG.info("packing is off: this architecture would read other rows of a packed sequence")
+    warn_of_length(model.config, wanted.sequence_length, "finetune.sequence_length")
     progress("reading the tasks")
     read = functools.partial(
         training_set,
