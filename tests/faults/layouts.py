@@ -175,7 +175,7 @@ class Layout:
         draw = self.draw
         output = self.output if self.output.is_dir() else self.root
         how = draw.random()
-        if how < 0.3:
+        if how < 0.3 and self.root in output.parents:
             self._drop(output / draw.choice([*_NOISE, "analysis/mine.txt", "zzz"]))
         elif how < 0.45 and ours:
             path = self.root / draw.choice(sorted(ours))
@@ -185,7 +185,7 @@ class Layout:
                     byte = file.read(1)
                     file.seek(path.stat().st_size // 2)
                     file.write(bytes([byte[0] ^ 1]) if byte else b"x")
-        elif how < 0.55 and output != self.root and not output.is_symlink():
+        elif how < 0.55 and self.root in output.parents and not output.is_symlink():
             moved = output.with_name(f"{output.name}{draw.choice(['.partial', '.replaced', '.states', '.bak'])}")
             if not os.path.lexists(moved):
                 output.rename(moved)
