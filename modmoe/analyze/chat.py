@@ -142,6 +142,10 @@ def _as_they_are(messages: Messages) -> Messages:
     return messages
 
 
+def _with_empty(messages: Messages) -> Messages:
+    return [{"content": "", **message} for message in messages]
+
+
 def _with_text(messages: Messages) -> Messages:
     return [
         {**message, "content": text_of(message["content"])}
@@ -207,7 +211,7 @@ def _both(first: Way, second: Way) -> Way:
 
 WAYS: tuple[Way, ...] = tuple(
     _both(contents, arguments)
-    for contents in (_as_they_are, _with_text, _with_parts)
+    for contents in (_as_they_are, _with_empty, _with_text, _with_parts)
     for arguments in (_with_objects, _with_json)
 )
 """Ways of writing the same messages, the usual one first."""

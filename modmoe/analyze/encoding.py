@@ -13,7 +13,7 @@ from typing import Any
 
 from modmoe.analyze.chat import Span, Template, options_of
 from modmoe.analyze.rows import TaskRows
-from modmoe.analyze.turns import SILENCE, Conversation
+from modmoe.analyze.turns import SILENCE, TOOLS_BESIDE_TEXT, Conversation
 from modmoe.bounded import in_bounds
 from modmoe.errors import CalibrationError, CheckpointError
 from modmoe.tokenizer_files import files_of
@@ -203,7 +203,7 @@ class _Encoder:
         row, place = rows[index], f"{rows.place}: row {rows.numbers[index]}"
         text, prompt, is_special = "", None, True
         spans: list[Span] = []
-        lost: list[str] = []
+        lost = [TOOLS_BESIDE_TEXT] if "tools" in row else []
         if "messages" in row:
             text, spans, lost = self._converse(place, row, row["messages"], 0, counts=counts)
         elif "text" in row:

@@ -57,6 +57,8 @@ def check_row(place: str, row: Mapping[str, Any], *, is_filled: bool = False) ->
         _agree(place, found)
     if isinstance(found[form[-1]], list):
         found |= _check_extras(place, row, is_filled=is_filled)
+    elif isinstance(row.get("tools"), list) and row["tools"]:
+        found["tools"] = row["tools"]  # so that it can be told that nothing reads them
     return found, len(part)
 
 

@@ -126,9 +126,9 @@ class Reading:
             found.append(f"{bare:,} rows have nothing to learn from, and their other text is read alone: {reasons}")
         for what, count in self._lost.items():
             found.append(
-                f"the {what} of {count:,} {'row is' if count == 1 else 'rows are'} not, or not all, in the text that "
-                f"the {'chat template makes' if self._has_template else 'model reads, since it has no chat template'}; "
-                "use a template that writes them, or take them out"
+                f"the {what} of {count:,} {'row' if count == 1 else 'rows'} are not, or not all, in the text that the "
+                f"{'chat template makes' if self._has_template else 'model reads, since it has no chat template'}; "
+                "give messages and a template that writes them, or take them out"
             )
         if 2 * self._joint > self._pairs:
             found.append(

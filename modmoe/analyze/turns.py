@@ -18,6 +18,8 @@ from modmoe.errors import CalibrationError
 
 TOOLS, CALLS, REASONING, CONTENT = "tools", "tool calls", "reasoning", "messages"
 """What a template may leave out of its text."""
+TOOLS_BESIDE_TEXT = "tools beside text"
+"""Of a row that is no conversation."""
 SILENCE = "silence"
 """Nothing that the assistant says is in the text."""
 _END_OF_THOUGHT = "</think>"

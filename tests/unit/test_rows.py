@@ -124,6 +124,8 @@ def test_tools_and_calls_reach_the_template(tmp_path: Path, calls: Any, tools: A
         (TEMPLATE, {"messages": talk("a", tool_calls=CALLS), "tools": TOOLS}, []),
         (None, {"prompt": "one", "completion": "two"}, ["3 of 3 rows have no white space"]),
         (None, {"prompt": "one ", "completion": "two"}, []),
+        (None, {"prompt": "one ", "completion": "two", "tools": TOOLS}, ["the tools beside text of 3 rows are not"]),
+        (BARE, {"messages": talk("a", tool_calls=CALLS), "tools": TOOLS}, ["the tools of 3 rows", "the tool calls of"]),
         (None, {"prompt": "\u4e00", "completion": "\u4e8c"}, []),
         (TEMPLATE, {"prompt": "one ", "completion": "two"}, ["a chat template, which 3 of 3 rows do not"]),
         (None, {"text": "one", "messages": talk("a")}, ["3 rows have text in more than one form"]),

@@ -177,6 +177,7 @@ def test_a_row_whose_turns_cannot_be_told_is_refused(template: str, message: str
         ("{{ c.function.arguments | tojson }}", {"where": "garden"}, '{"where": "garden"}'),
         ("{{ c.function.arguments | tojson }}", '{"where": "garden"}', '{"where": "garden"}'),
         ("{{ 'json ' + c.function.arguments }}", {"where": "garden"}, 'json {"where": "garden"}'),
+        ("{{ '' + m.content + c.function.arguments }}", {"where": "garden"}, '{"where": "garden"}'),
         ("{{ c.function.arguments }}", {"where": "garden"}, '{"where": "garden"}'),
         (
             "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}",
