@@ -59,6 +59,7 @@ __all__ = [
     "PACKED_PREFIX",
     "PEFT_PREFIX",
     "TIED_PREFIX",
+    "TOKENIZER",
     "DenseClasses",
     "adapter_method",
     "causal_lm_classes",
@@ -215,14 +216,9 @@ def _check_counts(directory: Path, config: dict[str, Any]) -> None:
 
 
 def check_models(sources: Iterable[str | Path | None], *, trust_remote_code: bool) -> None:
-    """Raise CheckpointError unless each is a model, or an adapter of one, with the tensors that config.json implies.
-
-    Nothing is loaded; None is passed over.
-    """
-    for source in sources:
-        if source is not None:
-            place = resolve_source(source)
-            skeleton(resolve_base(place) if is_adapter(place) else place, trust_remote_code=trust_remote_code)
+    """Raise CheckpointError unless each that is not None, or its base model, has what config.json implies."""
+    for place in (resolve_source(source) for source in sources if source is not None):
+        skeleton(resolve_base(place) if is_adapter(place) else place, trust_remote_code=trust_remote_code)
 
 
 def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTrainedModel:
@@ -261,12 +257,13 @@ def adapter_method(directory: Path) -> str:
 
 def tokenizer_home(directory: Path) -> Path:
     """Return where a checkpoint's tokenizer lies: for an adapter without one, beside its base model."""
-    if not is_adapter(directory) or any((directory / name).is_file() for name in _TOKENIZER):
+    if not is_adapter(directory) or any((directory / name).is_file() for name in TOKENIZER):
         return directory
     return resolve_base(directory)
 
 
-_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+"""One of these is there where a directory has a tokenizer."""
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -278,6 +275,13 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
     place = resolve_source(source, revision)
     directory, rows = tokenizer_home(place), embedding_rows(place)
     check_rows(directory, rows)
+    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
+    check_vocabulary(directory, tokenizer, rows)
+    return tokenizer
+
+
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer in a directory within bounds, whatever model it is for; CheckpointError."""
     config = {} if is_adapter(directory) else read_config(directory)
     if str(config.get("model_type", "")).startswith(TIED_PREFIX) and not own_code(config):
         # transformers asks for the configuration of the type, and warns where it knows none
@@ -292,9 +296,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
                 raise
             raise CheckpointError(f"{directory}: no usable tokenizer: {reason_of(error)}.") from error
 
-    tokenizer = open_in_bounds(directory, read, is_trusted=trust_remote_code)
-    check_vocabulary(directory, tokenizer, rows)
-    return tokenizer
+    return open_in_bounds(directory, read, is_trusted=trust_remote_code)
 
 
 def embedding_rows(directory: Path) -> int | None:
