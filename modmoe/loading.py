@@ -284,9 +284,8 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer in a directory within bounds, whatever model it is for; CheckpointError."""
     config = {} if is_adapter(directory) else read_config(directory)
     if str(config.get("model_type", "")).startswith(TIED_PREFIX) and not own_code(config):
-        # transformers asks for the configuration of the type, and warns where it knows none
         kind = _own_classes(directory, config)[1]
-        AutoConfig.register(kind.model_type, kind, exist_ok=True)
+        AutoConfig.register(kind.model_type, kind, exist_ok=True)  # transformers warns of types that it does not know
 
     def read() -> Any:
         try:

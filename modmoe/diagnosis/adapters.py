@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from modmoe.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, local_base, read_config
+from modmoe.diagnosis.companions import check_use
 from modmoe.diagnosis.contents import check_values
 from modmoe.diagnosis.expected import implied_model
 from modmoe.diagnosis.files import FETCH, Weights, open_file, read_json
 from modmoe.diagnosis.findings import Findings
 from modmoe.errors import ModmoeError, reason_of
-from modmoe.loading import adapter_method, own_code
+from modmoe.loading import TOKENIZER, adapter_method, open_tokenizer, own_code
 
 
 def check_adapter(directory: Path, findings: Findings, report: Any = None) -> None:
@@ -26,6 +27,8 @@ def check_adapter(directory: Path, findings: Findings, report: Any = None) -> No
     findings.checked["tensors"] = len(weights.where)
     if settings is None:
         return
+    if any((directory / name).is_file() for name in TOKENIZER):
+        check_use(directory, findings, open_tokenizer)
     try:
         base = local_base(directory)
         if base is None:

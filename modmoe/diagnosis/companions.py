@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,15 @@ from modmoe.adapters.methods import METHODS
 from modmoe.convert.code import own_files, write_code, write_packed_code
 from modmoe.diagnosis.files import Weights
 from modmoe.diagnosis.findings import Findings
-from modmoe.errors import ModmoeError
+from modmoe.documents import read_object
+from modmoe.errors import CheckpointError, ModmoeError
 from modmoe.export import adapted_code
+from modmoe.kinds.forms import wrong_with
+from modmoe.kinds.tokens import count_rows, find_rowless
 from modmoe.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
+from modmoe.tokenizer_files import place_of, template_place, try_tokenizer
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -80,10 +82,10 @@ def _auto_maps(directory: Path) -> str:
     found = []
     for name in _SETTINGS:
         try:
-            value = json.loads((directory / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            value = read_object(directory / name)
+        except CheckpointError:
             continue
-        if isinstance(value, dict) and value.get("auto_map"):
+        if value.get("auto_map"):
             found.append(name)
     return ", ".join(found)
 
@@ -91,7 +93,7 @@ def _auto_maps(directory: Path) -> str:
 def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights, findings: Findings) -> None:
     """Check that there is a tokenizer without code of its own, and that the embeddings have a row for each token."""
     text = config.get("text_config")
-    rows = next((weights.shape(name)[0] for name in weights.where if name.endswith(_EMBEDDINGS)), None)
+    rows = count_rows(weights.headers())
     if rows is None:
         size = (text if isinstance(text, dict) else config).get("vocab_size")
         rows = size if isinstance(size, int) else None
@@ -101,8 +103,19 @@ def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights
             if isinstance(token, int) and rows is not None and not -1 <= token < rows:
                 wrong = f"is {token}, and the embeddings have {rows} rows"
                 findings.fault(f"{directory / 'config.json'}: {key}", wrong, "restore config.json")
+    rowless = None if rows is None else find_rowless(directory, rows)
+    if rowless is not None:
+        findings.fault(*rowless)
+        return
+    if any(wrong_with(file) for file in directory.glob("*token*.json")):
+        return  # told with the files
+    check_use(directory, findings, load_tokenizer)
+
+
+def check_use(directory: Path, findings: Findings, load: Callable[[Path], Any]) -> None:
+    """Load the tokenizer that lies in a directory, and try it and its chat template out."""
     try:
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load(directory)
     except ModmoeError as error:
         reason = str(error).removeprefix(f"{directory}: ")
         findings.fault(directory, f"has no tokenizer that can be read ({reason})", "copy the tokenizer's files there")
@@ -111,6 +124,9 @@ def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights
         findings.fault(directory, f"its tokenizer cannot be read ({str(error)[:200]})", "fetch its files again")
         return
     findings.checked["tokens"] = len(tokenizer)
-    if rows is not None and len(tokenizer) > rows:
-        wrong = f"the tokenizer has {len(tokenizer)} tokens, and the embeddings have {rows} rows"
-        findings.fault(directory, wrong, "copy the tokenizer that belongs to these weights there")
+    try:
+        try_tokenizer(directory, tokenizer)
+    except CheckpointError as error:
+        places = (place_of(directory), template_place(directory))
+        place = next((place for place in places if str(error).startswith(place)), directory)
+        findings.fault_of_error(place, error, "fetch the tokenizer's files from where you trust them")

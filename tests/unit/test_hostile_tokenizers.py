@@ -102,6 +102,18 @@ def is_told(file: str, problem: str, told: str) -> bool:
     return file in last and (problem in last or (problem == TOO_MUCH and TOO_LONG in last))
 
 
+def test_the_tokenizer_beside_an_adapter_is_tried_too(dense: Path, tmp_path: Path, capfd: Any) -> None:
+    adapter = tmp_path / "adapter"
+    assert run(["convert", str(dense), str(adapter), "--method", "adapters", "--adapter", "comol"]) == 0
+    part, rules, problem = TOKENIZERS["letters"]
+    file = adapter / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads((dense / "tokenizer.json").read_text()), part: rules}))
+    shutil.copy(dense / "tokenizer_config.json", adapter)
+    capfd.readouterr()
+    assert run(["doctor", str(adapter)]) == 2
+    assert is_told(str(file), problem, capfd.readouterr().err)
+
+
 TEMPLATES = {
     "product": ("{{ 'a' * 4000000000 }}", TOO_MUCH),
     "doubling": (
