@@ -165,7 +165,7 @@ def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return args, kwargs
     run.shape = (tokens.shape[0], tokens.shape[1])
     asked = kwargs.pop("output_router_logits", None)
-    if getattr(config, "output_router_logits", False) if asked is None else asked:
+    if _is_wanted(config) if asked is None else asked:
         run.is_asked = True
         run.logits = {} if run.logits is None else run.logits
     if expert_ids is not None:
@@ -192,7 +192,8 @@ def _end_pass(backbone: Any, args: tuple[Any, ...], output: Any) -> Any:
     """End the pass, also where it was broken off."""
     run = run_of(backbone.routing_state)
     logits = run.logits if run is not None and run.is_asked and output is not None else None
-    hidden = output[0] if output else None
+    # what an output is asked for by number it makes a tuple of, which takes long
+    hidden = output[0] if output and torch.is_grad_enabled() else None
     end_pass(backbone.routing_state, hidden if isinstance(hidden, Tensor) else None)
     if logits is None:
         return None
@@ -200,6 +201,11 @@ def _end_pass(backbone: Any, args: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, tuple):
         return (*output, router_logits)
     return MoeModelOutputWithPast(**output, router_logits=router_logits)
+
+
+def _is_wanted(config: Any) -> bool:
+    # a configuration takes long to say that it does not have a key: this runs for every token
+    return bool(config.__dict__.get("output_router_logits", False))
 
 
 def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +219,7 @@ def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.get("output_router_logits")
-        asked = getattr(self.config, "output_router_logits", False) if asked is None else asked
+        asked = _is_wanted(self.config) if asked is None else asked
         if not asked or not hasattr(self, self.base_model_prefix):
             return forward(self, *args, **kwargs)
         as_given = kwargs.pop("return_dict", None)
