@@ -170,7 +170,7 @@ def marked(pieces: Sequence[tuple[str, bool]], name: str) -> str:
         f'<span class="e0" title="{escape(name)}">{escape(piece)}</span>' if is_marked else escape(piece)
         for piece, is_marked in pieces
     )
-    return f'<div class="tokens">{spans}</div>'
+    return f'<div class="tokens marked">{spans}</div>'
 
 
 def counted(texts_L: Sequence[str], *, layer: int) -> str:
