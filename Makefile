@@ -16,6 +16,7 @@ DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
 FAULT_KILLS ?= 240
 FAULT_OTHERS ?= 60
+FAULT_LAYOUTS ?= 2000
 FUZZ_INPUTS ?= 10000
 FUZZ_SECONDS ?= 120
 # programs that read what modmoe writes, for test-clients
@@ -34,7 +35,7 @@ help:
 	@echo 'make test     format, lint, types, imports, file sizes and all tests'
 	@echo 'make lint     the same without the tests'
 	@echo 'make test-clients     the tests with lm-eval and llama.cpp, which it builds: some minutes the first time'
-	@echo 'make test-faults      every command killed, interrupted and out of disk, 400 times: a quarter of an hour'
+	@echo 'make test-faults      commands killed, interrupted, out of disk; 2,000 layouts of files: an hour'
 	@echo 'make test-fuzz        10,000 hostile checkpoints, recipes and task files: half an hour'
 	@echo 'make docs     the site in build/site, with warnings as errors'
 	@echo 'make screenshots      docs/images again, from a run of the demo: some minutes, needs Chromium'
@@ -83,9 +84,10 @@ sizes:
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-# kills, Ctrl-C, full and failing disks, at random calls and times of every command that writes weights
+# kills, Ctrl-C, full and failing disks, at random calls and times of every command that writes weights, and of a push;
+# then layouts of a user's files, of which no command may lose one
 test-faults: $(STAMP)
-	$(BIN)/python -m tests.faults --kills $(FAULT_KILLS) --others $(FAULT_OTHERS)
+	$(BIN)/python -m tests.faults --kills $(FAULT_KILLS) --others $(FAULT_OTHERS) --layouts $(FAULT_LAYOUTS)
 
 # at random, other inputs each time; FUZZ_INPUTS of all kinds together, then as many seconds of bytes led by coverage
 test-fuzz: $(STAMP)

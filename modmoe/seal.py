@@ -31,14 +31,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 20
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _WRITTEN = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
+    "*.json",
     "adapter_model.safetensors",
     "model*.safetensors",
     "shard-*.safetensors",
-    "*.index.json",
-    "modmoe*.json",
     "modmoe*.yaml",
     *_TOKENIZER,
     "*.model",
@@ -101,6 +97,14 @@ def seal(directory: Path) -> None:
             files[name] = {"bytes": status.st_size, "sha256": _sum_header(path) if name in weights else _sum(path)}
     text = json.dumps({"files": dict(sorted(files.items()))}, indent=1)
     (directory / SEAL).write_text(text + "\n", encoding="utf-8")
+
+
+def find_unknown(directory: Path) -> str | None:
+    """Return the first file of an output whose name would be somebody else's were the output not finished; else None.
+
+    What modmoe writes has only known names; a test holds that of every output that is made.
+    """
+    return next((name for name, status in _walk(directory) if not _is_written(name, status, ())), None)
 
 
 def is_marked(directory: Path) -> bool:

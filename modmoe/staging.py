@@ -196,6 +196,10 @@ def _claimed(partial: Path, name: str) -> Iterator[None]:
             handle = os.open(partial / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another run that ends has removed the directory meanwhile
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.rmdir()
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the run that had it may have removed or renamed the directory meanwhile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports a library of Hugging Face: they read these once.
@@ -28,6 +29,20 @@ def few_threads() -> None:
     import torch
 
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_names() -> Iterator[None]:
+    """Let every output that any test writes have only names by which a later run knows what to clear up."""
+    from modmoe import seal, staging
+
+    def seal_checked(directory: Path) -> None:
+        assert seal.find_unknown(directory) is None, seal.find_unknown(directory)
+        seal.seal(directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "seal", seal_checked)
+        yield
 
 
 @pytest.fixture(scope="session")

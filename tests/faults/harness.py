@@ -53,6 +53,7 @@ COMMANDS: dict[str, list[str]] = {
     "export native": ["export", "../tied", OUTPUT, *_EXPORT, "--form", "native"],
     "export packed": ["export", "../tied", OUTPUT, *_EXPORT, "--form", "packed"],
     "export adapter": ["export", "../adapter", OUTPUT, *_EXPORT, "--form", "adapter"],
+    "export adapter inside": ["export", "../adapter", OUTPUT, *_EXPORT, "--form", "tied"],
 }
 """Every command that writes weights, on tiny models; each is run in a directory of its own beside them."""
 
@@ -71,7 +72,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
-            env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={"HF_HUB_OFFLINE": "1", **environment, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
         self._receive()
         made = self.ask(root=str(home), call="make")

@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from modmoe.seal import SEAL
 from tests.faults.harness import Server
 
 Snapshot = dict[str, tuple[str, str]]
@@ -82,15 +83,16 @@ class Layout:
         place = self._pick_folder() / f"{kind}{self.draw.choice(['', '-model', '.v1'])}"
         how = self.draw.random()
         if how < 0.7:
-            shutil.copytree(self.server.home / kind, place)
+            # without the list it is the user's, though modmoe wrote what it is a copy of
+            shutil.copytree(self.server.home / kind, place, ignore=shutil.ignore_patterns(SEAL))
         elif how < 0.85:  # a link to where it lies
             real = self.root / "disk" / f"real-{kind}"
-            shutil.copytree(self.server.home / kind, real)
+            shutil.copytree(self.server.home / kind, real, ignore=shutil.ignore_patterns(SEAL))
             place = place.with_name(f"{place.name}-link")
             place.symlink_to(real if self.draw.random() < 0.5 else os.path.relpath(real, place.parent))
         else:  # in a folder that it has for itself
             place = place / "inner"
-            shutil.copytree(self.server.home / kind, place)
+            shutil.copytree(self.server.home / kind, place, ignore=shutil.ignore_patterns(SEAL))
         return place
 
     def _place_task(self, name: str) -> Path:
@@ -185,7 +187,7 @@ class Layout:
                     byte = file.read(1)
                     file.seek(path.stat().st_size // 2)
                     file.write(bytes([byte[0] ^ 1]) if byte else b"x")
-        elif how < 0.55 and self.root in output.parents and not output.is_symlink():
+        elif how < 0.55 and self._may_move(output):
             moved = output.with_name(f"{output.name}{draw.choice(['.partial', '.replaced', '.states', '.bak'])}")
             if not os.path.lexists(moved):
                 output.rename(moved)
@@ -193,6 +195,11 @@ class Layout:
             self._drop(output.with_name(f"{output.name}.states") / "notes.txt")
         elif how < 0.75:
             self._drop(output.with_name(f"{output.name}.partial") / "notes.txt")
+
+    def _may_move(self, output: Path) -> bool:
+        """Return whether an output is a directory of its own, with nothing in it that the layout needs."""
+        needed = [self.cwd, self.recipe, *self.tasks, *self.sources.values()]
+        return self.root in output.parents and not any(output in (path, *path.parents) for path in needed)
 
     def spell(self, path: Path) -> str:
         """Return one of the ways to write a path from the working directory."""

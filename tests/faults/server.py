@@ -34,6 +34,8 @@ LOADED = (
     "transformers.models.llama.modeling_llama",
     "trl",
     "typer.rich_utils",
+    "tests.faults.layer",
+    "tests.faults.room",
 )
 """What the commands import, most of it only when they run."""
 _POLL_S = 0.002
