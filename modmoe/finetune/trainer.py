@@ -122,7 +122,8 @@ class ModularTrainer(SFTTrainer):
         labels_BT, mask_BT = inputs.pop("labels"), inputs.pop("token_mask")
         if self.adapters is not None:
             self.adapters.mark_answers(labels_BT)
-        with self.routed.record_router_logits() if self.routed is not None else contextlib.nullcontext({}) as found:
+        nothing: contextlib.nullcontext[dict[int, Tensor]] = contextlib.nullcontext({})
+        with nothing if self.routed is None else self.routed.record_router_logits() as found:
             outputs = model(**inputs, use_cache=False)
         router_logits = dict(found)
         counts_BT = labels_BT[:, 1:] != IGNORED

@@ -71,7 +71,8 @@ def _begin_prompt(
     given = 1 if ids is None else ids.shape[1]
     tokens = given if embeds is None else embeds.shape[1]
     before = 0 if embeds is None else tokens - (0 if ids is None else given)
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache: Any = kwargs.get("past_key_values")
+    mask = kwargs.get("attention_mask")
     held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     if held and getattr(generation_config, "is_assistant", False):
         # an assistant is asked again and again; its prompt was what it was given first

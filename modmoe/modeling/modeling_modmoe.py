@@ -172,7 +172,8 @@ def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         run.expert_ids_N = check_expert_ids(expert_ids, run.shape, config.num_experts)
     if config.routing != "sequence":
         return args, kwargs
-    cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+    cache: Any = given.get("past_key_values")
+    use_cache = given.get("use_cache")
     use_cache = config.use_cache if use_cache is None else use_cache
     is_recomputed = backbone.training and getattr(backbone, "is_gradient_checkpointing", False)
     if cache is None and use_cache and not backbone.training:
@@ -197,7 +198,7 @@ def _end_pass(backbone: Any, args: tuple[Any, ...], output: Any) -> Any:
     end_pass(backbone.routing_state, hidden if isinstance(hidden, Tensor) else None)
     if logits is None:
         return None
-    router_logits = tuple(logits[layer] for layer in sorted(logits))
+    router_logits: Any = tuple(logits[layer] for layer in sorted(logits))
     if isinstance(output, tuple):
         return (*output, router_logits)
     return MoeModelOutputWithPast(**output, router_logits=router_logits)
@@ -240,14 +241,14 @@ def _routed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_router_logits(config: Any, output: Any, logits: dict[int, Tensor], mask: Any) -> MoeCausalLMOutputWithPast:
     """Return a causal LM's output with router logits_NE by layer, and the balance loss if config has its factor."""
-    router_logits = tuple(logits[layer] for layer in sorted(logits))
+    router_logits: Any = tuple(logits[layer] for layer in sorted(logits))
     found = MoeCausalLMOutputWithPast(**output, router_logits=router_logits)
     factor = getattr(config, "router_aux_loss_coef", None)
     if factor is None or not router_logits:
         return found
     batch, tokens = output.logits.shape[0], len(router_logits[0]) // output.logits.shape[0]
     is_of_keys = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
-    aux_loss = load_balancing_loss_func(
+    aux_loss: Any = load_balancing_loss_func(
         router_logits, config.num_experts, config.num_experts_per_tok, mask[:, -tokens:] if is_of_keys else None
     )
     found.aux_loss = aux_loss

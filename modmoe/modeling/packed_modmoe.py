@@ -195,8 +195,8 @@ def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not (getattr(self.config, "output_router_logits", False) if asked is None else asked):
             return forward(self, *args, **kwargs)
         as_given = kwargs.pop("return_dict", None)
-        before, found = _THREAD.logits, {}
-        _THREAD.logits = found
+        found: dict[int, Tensor] = {}
+        before, _THREAD.logits = _THREAD.logits, found
         try:
             output = forward(self, *args, **{**kwargs, "return_dict": True})
         finally:
@@ -213,7 +213,7 @@ def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recorded
 
 
-def _with_logits(config: Any, output: Any, router_logits: tuple[Tensor, ...], mask: Any) -> Any:
+def _with_logits(config: Any, output: Any, router_logits: Any, mask: Any) -> Any:
     """Return an output with router logits, and with the balance loss if the configuration has its factor."""
     if "logits" not in output:
         return MoeModelOutputWithPast(**output, router_logits=router_logits)
@@ -224,9 +224,10 @@ def _with_logits(config: Any, output: Any, router_logits: tuple[Tensor, ...], ma
         mask_BT = mask[:, -(len(router_logits[0]) // batch) :] if is_of_keys else None
         modular = config.modular
         top_k = min(modular["num_experts_per_tok"], modular["num_experts"])
-        made.aux_loss = load_balancing_loss_func(router_logits, modular["num_experts"], top_k, mask_BT)
+        aux_loss: Any = load_balancing_loss_func(router_logits, modular["num_experts"], top_k, mask_BT)
+        made.aux_loss = aux_loss
         if made.loss is not None:
-            made.loss = made.loss + factor * made.aux_loss.to(made.loss.device)
+            made.loss = made.loss + factor * aux_loss.to(made.loss.device)
     return made
 
 

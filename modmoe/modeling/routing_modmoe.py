@@ -178,7 +178,8 @@ def end_pass(settings: RoutingState, output: Tensor | None) -> None:
     run.before = run.logits = None
     if output is not None and output.grad_fn is not None and not torch.compiler.is_compiling():
         # it lives as long as the graph does
-        output.grad_fn.metadata["modmoe_pass"] = run
+        metadata: Any = output.grad_fn.metadata
+        metadata["modmoe_pass"] = run
         settings.waiting.add(run)
 
 

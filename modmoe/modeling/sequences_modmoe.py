@@ -229,7 +229,8 @@ def sequence_features(run: Any, layer: Any, x: Tensor, chunk: int) -> Tensor:
 
 def _positions(run: Any, valid_BT: Tensor, past_B: Tensor) -> Tensor:
     if run.position_BT is not None:
-        return run.position_BT.to(valid_BT.device).expand(valid_BT.shape)
+        position_BT: Tensor = run.position_BT.to(valid_BT.device).expand(valid_BT.shape)
+        return position_BT
     return (valid_BT.long().cumsum(1) - 1 + past_B.unsqueeze(1)).clamp_min(0)
 
 
