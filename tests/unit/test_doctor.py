@@ -315,7 +315,7 @@ def test_what_is_whole_is_healthy(whole: dict[str, Path], kind: str) -> None:
         assert "no manifest" in found["checked"]["sums"] and any(MANIFEST in note for note in found["notes"])
     else:
         assert found["checked"]["sums"] == tensors and found["notes"] == []
-        assert found["checked"]["layers of modules"] == 2 and found["checked"]["code files"] == 5
+        assert found["checked"]["layers of modules"] == 2 and found["checked"]["code files"] == 7
 
 
 def test_all_faults_are_named_at_once(whole: dict[str, Path], tmp_path: Path) -> None:
