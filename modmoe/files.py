@@ -23,9 +23,20 @@ _TEMPORARY = ".{}.tmp."
 _PAGE = re.compile(rb"\n<!-- written by modmoe, sha256 ([0-9a-f]{64}) -->\n$")
 
 
+def place_of(path: str | Path) -> Path:
+    """Return where a file or directory itself lies: all links on the way are followed, and the last part is not.
+
+    So the system sees it: ``..`` behind a link is the parent of what the link names.
+    """
+    head, tail = os.path.split(os.path.join(os.getcwd(), path).rstrip(os.sep) or os.sep)
+    if tail in ("", os.curdir, os.pardir):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(head), tail)
+
+
 def target_of(out: str | Path) -> Path:
     """Return the absolute path of an output; of a symbolic link, that of what it names."""
-    path = Path(os.path.abspath(out))
+    path = place_of(out)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -40,20 +51,22 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
         raise RecipeError(f"{ascii(text)[1:-1]}: has a character that no file's name can have; choose another name.")
     if not text.strip():
         raise RecipeError(f"{text!r}: is not a name; choose one.")
-    place = Path(os.path.abspath(text))
-    if not place.name:
-        raise RecipeError(f"{text}: is the root of the file system; name a directory in it.")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.stat(place)
-        holder = target_of(place).parent
+            os.stat(text)
+        target = target_of(text)
+        for parent in Path(text).absolute().parents:
+            _is_there(parent)
+        holder = target.parent
         while not _is_there(holder):
             holder = holder.parent
     except OSError as error:
         raise RecipeError(f"{shorten(text)}: {os.strerror(error.errno or 0)}; choose another name.") from None
+    if not target.name:
+        raise RecipeError(f"{text}: is the root of the file system; name a directory in it.")
     if not holder.is_dir():
         raise RecipeError(f"{shorten(text)}: {holder} is not a directory; choose another name.")
-    if len(os.fsencode(target_of(place).name)) + len(longest) > _MOST_NAME_BYTES:
+    if len(os.fsencode(target.name)) + len(longest) > _MOST_NAME_BYTES:
         raise RecipeError(f"{shorten(text)}: File name too long; choose another name.")
     check_writable(holder, text)
 
@@ -127,7 +140,7 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
         check_name(file, longest=_TEMPORARY.format("." * 8))
     except RecipeError as error:
         raise RecipeError(f"{start}{error}") from None
-    path = Path(file)
+    path = place_of(file)
     if not os.path.lexists(path):
         return path
     mode = os.lstat(path).st_mode

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from modmoe.documents import check_task_file, read_object
 from modmoe.errors import ModmoeError, RecipeError
-from modmoe.files import check_file, check_name, is_page, target_of
+from modmoe.files import check_file, check_name, is_page, place_of, target_of
 from modmoe.kinds.check import check_source
 from modmoe.seal import find_stranger, is_marked
 from modmoe.staging import check_output
@@ -93,7 +93,7 @@ def _real_places(file: str | Path | None, *, with_links: bool) -> Iterator[Path]
     """Yield where an input lies: as it is written, behind all links, and where links in it lead."""
     if file is None or not os.path.exists(file):
         return
-    path = Path(os.path.abspath(file))
+    path = place_of(file)
     yield path
     yield path.resolve()
     if with_links and path.is_dir():
@@ -143,7 +143,7 @@ def _check_report(
     inputs: Mapping[str, str | Path | None],
 ) -> None:
     check_file(report, overwrite=overwrite, is_ours=is_page, flag="--report")
-    path = Path(os.path.abspath(report))
+    path = place_of(report)
     if path == target or path in target.parents:
         raise RecipeError(f"--report: {report}: is where the output {target} is to be; name another file.")
     for other in beside:
@@ -214,8 +214,5 @@ def place_report(report: str | Path | None, output: str | Path, directory: Path)
     """Return where in ``directory``, which becomes ``output``, a report lies; None for one that lies elsewhere."""
     if report is None:
         return None
-    path, target = Path(os.path.abspath(report)), target_of(output)
-    for root in (target, Path(os.path.abspath(output))):
-        if root in path.parents:
-            return directory / path.relative_to(root)
-    return None
+    path, target = place_of(report), target_of(output)
+    return directory / path.relative_to(target) if target in path.parents else None

@@ -43,7 +43,7 @@ def check_output(out: str | Path, *, overwrite: bool) -> Path:
 
 def _check_directory(out: str | Path, *, overwrite: bool) -> None:
     """Raise RecipeError unless ``out`` is not there, an empty directory, or an output that is to be replaced."""
-    path = Path(out)
+    path = target_of(out)
     if not path.exists():
         return
     if not path.is_dir():

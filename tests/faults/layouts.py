@@ -181,7 +181,13 @@ class Layout:
             self._drop(output / draw.choice([*_NOISE, "analysis/mine.txt", "zzz"]))
         elif how < 0.45 and ours:
             path = self.root / draw.choice(sorted(ours))
-            if path.is_file() and not path.is_symlink():
+            # what was not finished is nobody's to edit
+            if (
+                path.is_file()
+                and not path.is_symlink()
+                and ".partial/" not in str(path)
+                and ".states/" not in str(path)
+            ):
                 with path.open("r+b") as file:  # of the same size
                     file.seek(path.stat().st_size // 2)
                     byte = file.read(1)

@@ -69,6 +69,8 @@ def link(room: Path, to: str) -> Path:
         lambda room: link(room, "work/model"),
         lambda room: room / "here" / ".." / "work" / "." / "model",
         lambda room: "../work/model/",
+        lambda room: link(room, "work/model") / ".." / ".." / "work",
+        lambda room: link(room, "home") / ".." / "work" / "model",
         lambda room: ".",
         lambda room: "..",
         lambda room: room / "home",
@@ -101,6 +103,13 @@ def test_an_older_output_that_is_read_is_not_replaced(room: Path, role: str) -> 
     with pytest.raises(RecipeError, match=r"old: (is|holds) .*which is never replaced"):
         check_places(old, overwrite=True, inputs=read)
     check_places(old, overwrite=True, inputs=inputs(room))
+
+
+def test_a_path_behind_a_link_is_what_the_system_makes_of_it(room: Path) -> None:
+    out = link(room, "work/old") / ".." / "new"
+    with open_output(out) as partial:
+        (partial / "config.json").write_text("{}")
+    assert (room / "work" / "new" / "config.json").is_file() and out.is_dir() and not (room / "new").exists()
 
 
 def test_an_output_inside_the_source_is_fine(room: Path) -> None:
