@@ -58,7 +58,7 @@ _OLD = (
     "ask for safetensors, or write them with transformers 4, which still reads this: AutoModelForCausalLM."
     "from_pretrained('{directory}', from_{kind}=True).save_pretrained('{directory}-safetensors')"
 )
-_POINTER = b"version https://git-lfs"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_POINTER_BYTES = 1024
 _READ = ("*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.txt", "*.jinja")
 _NEVER_EMPTY = ("config.json", "tokenizer", "model", "adapter_")

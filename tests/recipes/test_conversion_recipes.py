@@ -153,6 +153,7 @@ def plan_of(name: str, directory: Path) -> dict:
     tasks = None if name in UPCYCLED else {"words": tiny.write_tasks(directory / "tasks", rows=3)["words"]}
     model = name.removeprefix("drop-").split("-", 1)[1]
     write_headers(directory / "dense", MODELS[model][0])
+    tiny.tokenizer().save_pretrained(directory / "dense")
     path = str(files("modmoe.recipes") / f"{name}.yaml")
     options = {"dry_run": True, "estimate_for": "h100-80gb"}
     return modmoe.convert(str(directory / "dense"), directory / "out", path, tasks=tasks, **options)

@@ -221,7 +221,7 @@ def test_two_runs_into_one_output(tmp_path):
     other.kill()
     other.communicate()
     with open_output(tmp_path / "out") as partial:  # the lock went with its process
-        (partial / "x").write_text("")
+        (partial / "README.md").write_text("")
 
 
 def test_plan_accounts_for_every_tensor(tmp_path):

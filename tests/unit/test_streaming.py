@@ -20,6 +20,7 @@ from modmoe.checkpoint import MANIFEST, SINGLE, Checkpoint, CheckpointWriter, te
 from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
 from modmoe.errors import CheckpointError, PlanError
 from modmoe.shards import DTYPES, Made, is_finite
+from modmoe.seal import MARK
 from modmoe.staging import open_output
 
 NEURONS, WIDTH = 96, 40
@@ -222,7 +223,7 @@ def test_a_failing_worker_leaves_nothing(tmp_path, monkeypatch, fail, workers):
         try:
             plan.run(source, writer)
         finally:
-            assert list(partial.iterdir()) == []
+            assert [path.name for path in partial.iterdir()] == [MARK]
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
