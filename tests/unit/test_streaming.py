@@ -19,8 +19,8 @@ from modmoe import shards
 from modmoe.checkpoint import MANIFEST, SINGLE, Checkpoint, CheckpointWriter, tensor_sha256
 from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
 from modmoe.errors import CheckpointError, PlanError
-from modmoe.shards import DTYPES, Made, is_finite
 from modmoe.seal import MARK
+from modmoe.shards import DTYPES, Made, is_finite
 from modmoe.staging import open_output
 
 NEURONS, WIDTH = 96, 40
