@@ -35,6 +35,7 @@ def analyze(
     seed: flags.Seed = None,
     device: flags.Device = None,
     trust_remote_code: flags.Trust = False,
+    allow_code: flags.AllowCode = False,
     revision: flags.Revision = None,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -61,5 +62,6 @@ def analyze(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code or None,
+            allow_code=allow_code,
         )
         console.finish(result, title=output, next_step=flags.quote("modmoe", "convert", source, "OUT") + " ...")

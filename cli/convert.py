@@ -130,6 +130,7 @@ def convert(
     seed: flags.Seed = None,
     device: flags.Device = None,
     trust_remote_code: flags.Trust = False,
+    allow_code: flags.AllowCode = False,
     revision: flags.Revision = None,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -204,6 +205,7 @@ def convert(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code or None,
+            allow_code=allow_code,
         )
         words = flags.task_words(tasks, recipe)
         # the dense model teaches what was made of its modules; a pruned model or one with an adapter does without

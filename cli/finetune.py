@@ -77,6 +77,7 @@ def finetune(
     seed: flags.Seed = None,
     device: flags.Device = None,
     trust_remote_code: flags.Trust = False,
+    allow_code: flags.AllowCode = False,
     revision: flags.Revision = None,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -115,6 +116,7 @@ def finetune(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code or None,
+            allow_code=allow_code,
         )
         line = flags.quote("modmoe", "export", output, "OUT", "--format", "safetensors", "--form", "tied")
         if not dry_run and not _can_export(output):

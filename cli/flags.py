@@ -63,6 +63,10 @@ Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own Python files to be executed.")
 ]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Allow a recipe's dotted path, a function of somebody's, to be imported."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what modmoe wrote there before, and nothing else.")

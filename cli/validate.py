@@ -16,6 +16,7 @@ EPILOG = flags.examples("modmoe validate my-recipe.yaml", "modmoe validate my-re
 
 def validate(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    allow_code: flags.AllowCode = False,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = False,
@@ -25,7 +26,7 @@ def validate(
     from modmoe.recipe import dump_recipe, load_recipe
 
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        resolved = load_recipe(recipe)
+        resolved = load_recipe(recipe, allow_code=allow_code)
         try:
             check_recipe(resolved)
         except ModmoeError as error:

@@ -216,3 +216,11 @@ def place_report(report: str | Path | None, output: str | Path, directory: Path)
         return None
     path, target = place_of(report), target_of(output)
     return directory / path.relative_to(target) if target in path.parents else None
+
+
+def need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:
+    """Refuse a recipe that names no source, or no task where text is read."""
+    if recipe.source is None:
+        raise RecipeError(f"{step}: no source is given; name a local directory or a Hub id.")
+    if reads_text and not recipe.tasks:
+        raise RecipeError(f"{step}: no task is given; add --task NAME=FILE, or tasks: in a recipe.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -216,6 +217,15 @@ class Recipe:
         for place, value in positive.items():
             if not value > 0:
                 raise RecipeError(f"{place}: {value} is not above 0.")
+            if value > _MOST.get(place, math.inf):
+                raise RecipeError(f"{place}: {value:,} is more than the {_MOST[place]:,} that any model has use for.")
+        for part in ("calibration", "finetune"):
+            sizes = getattr(self, part)
+            if sizes.batch_size * sizes.sequence_length > _MOST_BATCH_TOKENS:
+                raise RecipeError(
+                    f"{part}.batch_size: {sizes.batch_size:,} sequences of {sizes.sequence_length:,} tokens are more "
+                    f"than {_MOST_BATCH_TOKENS:,} tokens at once; choose fewer."
+                )
         if not 0 < self.assignment.active_fraction <= 1:
             raise RecipeError(
                 f"assignment.active_fraction: {self.assignment.active_fraction} is not above 0 and at most 1."
@@ -238,6 +248,24 @@ class Recipe:
                 raise RecipeError(f"tasks: '{name}' is no usable name; use letters, digits, '_', '-' and '.'.")
 
 
+_MOST = {
+    "calibration.tokens": 10**10,
+    "calibration.sequence_length": 2**22,
+    "calibration.batch_size": 2**16,
+    "partition.num_modules": 2**16,
+    "router.top_k": 2**16,
+    "router.routing_chunk": 2**22,
+    "finetune.max_steps": 10**8,
+    "finetune.batch_size": 2**16,
+    "finetune.sequence_length": 2**22,
+    "finetune.lora_rank": 2**14,
+    "finetune.save_steps": 10**8,
+    "assignment.num_experts": 2**16,
+    "assignment.modules_per_expert": 2**16,
+    "experts.num_experts": 2**16,
+}
+"""Far beyond all models and texts that there are; what one model bears is known when it is opened."""
+_MOST_BATCH_TOKENS = 2**24
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "cmoe": {"router.kind": "mlp"},
     "moefication": {"router.kind": "mlp"},
@@ -247,15 +275,16 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """Where a method's defaults are others than the recipe's."""
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked.
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *, allow_code: bool = False) -> Recipe:
+    """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked; nothing is imported.
 
     A file cannot allow code to be executed, since it may come with the code: ``trust_remote_code: true`` in it is
-    refused unless ``overrides`` say of it what the user does.
+    refused unless ``overrides`` say of it what the user does, and a dotted path, whose module a run would import,
+    unless ``allow_code`` is set or ``overrides`` put another value there.
 
     Raises:
         RecipeError: the file cannot be read, is no YAML mapping, has an unknown key or a value of the wrong type, or
-            asks for trust.
+            asks for trust or for code that was not allowed.
     """
     try:
         raw = parse_yaml(read_text(Path(path), MOST_YAML_BYTES))
@@ -275,7 +304,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             "then pass --trust-remote-code yourself."
         )
     try:
-        return make_recipe({**_flatten(raw), **(overrides or {})})
+        flat = _flatten(raw)
+        method = flat.get("partition.method")
+        is_own = isinstance(method, str) and "." in method and (overrides or {}).get("partition.method") is None
+        if is_own and not allow_code:
+            raise RecipeError(
+                f"partition.method: '{method[:80]}' is a function of somebody's, whose file would be imported and so "
+                "executed; read it, then pass --allow-code."
+            )
+        return make_recipe({**flat, **(overrides or {})})
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.keywords import KEYWORDS
-from modmoe.preflight import check_places, check_there, input_words, recipe_inputs
+from modmoe.preflight import check_places, check_there, input_words, need_source_and_tasks, recipe_inputs
 
 if TYPE_CHECKING:
     from modmoe.recipe import Recipe
@@ -32,18 +32,23 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve_recipe(
-    step: str, source: Recipe | str | Path | None, recipe: Recipe | str | Path | None, keywords: Mapping[str, Any]
+    step: str,
+    source: Recipe | str | Path | None,
+    recipe: Recipe | str | Path | None,
+    keywords: Mapping[str, Any],
+    *,
+    allow_code: bool = False,
 ) -> Recipe:
     """Return the recipe that a step runs: ``keywords`` over ``recipe`` over defaults.
+
+    Raises RecipeError for an unknown keyword, two recipes, or whatever is wrong with the recipe.
 
     Args:
         step: a key of KEYWORDS.
         source: the checkpoint; or a Recipe or the path of a .yaml file, where ``recipe`` is None.
         recipe: a Recipe or the path of one.
         keywords: names of KEYWORDS[step], or dotted places; None leaves what the recipe says.
-
-    Raises:
-        RecipeError: an unknown keyword, two recipes, or whatever is wrong with the recipe.
+        allow_code: a dotted path in the recipe's file may be imported.
     """
     from modmoe.recipe import Recipe, flat_recipe, load_recipe, make_recipe
 
@@ -54,11 +59,10 @@ def resolve_recipe(
     known = KEYWORDS[step]
     overrides: dict[str, Any] = {}
     for name, value in keywords.items():
-        if value is None:
-            continue
-        if name not in known and "." not in name:
+        if value is not None and name not in known and "." not in name:
             raise RecipeError(f"{step}: no such keyword '{name}'.{did_you_mean(name, known)}")
-        overrides[known.get(name, name)] = value
+        if value is not None:
+            overrides[known.get(name, name)] = value
     if "assignment.active_fraction" in overrides and "assignment.modules_per_expert" in overrides:
         raise RecipeError("assignment: give modules_per_expert or active_fraction, not both.")
     if "assignment.active_fraction" in overrides:
@@ -68,7 +72,7 @@ def resolve_recipe(
         overrides["source"] = str(source)
     if isinstance(recipe, Recipe):
         return make_recipe({**flat_recipe(recipe), **overrides}) if overrides else recipe
-    return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides)
+    return make_recipe(overrides) if recipe is None else load_recipe(recipe, overrides, allow_code=allow_code)
 
 
 def analyze(
@@ -78,6 +82,7 @@ def analyze(
     *,
     report: str | None = None,
     overwrite: bool = False,
+    allow_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
     **keywords: Any,
@@ -86,8 +91,8 @@ def analyze(
 
     Returns what ``modmoe analyze --json`` prints. Raises ModmoeError kinds for what the caller can mend.
     """
-    resolved = resolve_recipe("analyze", source, recipe, keywords)
-    _need_source_and_tasks("analyze", resolved)
+    resolved = resolve_recipe("analyze", source, recipe, keywords, allow_code=allow_code)
+    need_source_and_tasks("analyze", resolved)
     check_there([resolved.source], resolved.tasks, takes_adapters=False)
     out = _output("analyze", output)
     check_places(out, overwrite=overwrite, report=report, inputs=recipe_inputs(resolved, source, recipe))
@@ -112,6 +117,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     estimate_for: str | None = None,
+    allow_code: bool = False,
     revision: str | None = None,
     report: str | None = None,
     progress: Progress | None = None,
@@ -119,18 +125,18 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a dense checkpoint into a parameter-sharing mixture of experts, or prune either; whole or not at all.
 
-    ``fit_bytes`` chooses the most modules an expert may have so that the checkpoint's weights fit, whatever the overlap
-    of the experts turns out to be. Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it
-    will cost, on the device ``estimate_for`` (a name in ``modmoe.devices.DEVICES``) or on this machine.
+    ``fit_bytes`` chooses the most modules an expert may have for the weights to fit, whatever the experts' overlap.
+    Returns what ``modmoe convert --json`` prints; with ``dry_run`` the plan and what it will cost, on the device
+    ``estimate_for`` (a name in ``modmoe.devices.DEVICES``) or on this machine.
     """
     check_device(estimate_for, dry_run)
     options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision, "progress": progress}
-    resolved, result = _convert(source, output, recipe, keywords, fit_bytes, report, options)
-    if dry_run:
-        from modmoe.estimate import add_estimate
+    resolved, result = _convert(source, output, recipe, keywords, fit_bytes, report, options, allow_code)
+    if not dry_run:
+        return result
+    from modmoe.estimate import add_estimate
 
-        return add_estimate(result, resolved, estimate_for, revision)
-    return result
+    return add_estimate(result, resolved, estimate_for, revision)
 
 
 def check_device(estimate_for: str | None, dry_run: bool) -> None:
@@ -152,14 +158,15 @@ def _convert(
     fit_bytes: int | None,
     report: str | None,
     options: dict[str, Any],
+    allow_code: bool,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Convert by the recipe's method, and return the recipe that was run as well."""
-    resolved = resolve_recipe("convert", source, recipe, keywords)
+    resolved = resolve_recipe("convert", source, recipe, keywords, allow_code=allow_code)
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.method != "adapters":
             raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
     reads_text = resolved.method not in ("upcycle", "adapters")
-    _need_source_and_tasks("convert", resolved, reads_text=reads_text)
+    need_source_and_tasks("convert", resolved, reads_text=reads_text)
     if fit_bytes is not None and resolved.method not in ("experts", "upcycle", "prune"):
         _check_sizes(resolved.method, keywords)
     if resolved.method != "upcycle":  # which has flags to refuse first, with its code
@@ -177,7 +184,7 @@ def _convert(
         from modmoe.export.verify import verify
 
         places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
-        resolved = resolve_recipe("convert", source, recipe, places)
+        resolved = resolve_recipe("convert", source, recipe, places, allow_code=allow_code)
         out = _output("convert", output)
         return resolved, reduce_experts(resolved, out, prove=verify, write_card=write_experts_card, **options)
     if resolved.method == "upcycle":
@@ -230,6 +237,7 @@ def finetune(
     overwrite: bool = False,
     dry_run: bool = False,
     estimate_for: str | None = None,
+    allow_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
     **keywords: Any,
@@ -240,11 +248,11 @@ def finetune(
     ``modmoe finetune --json`` prints; with ``dry_run`` what learns and what it will cost, as for ``convert``.
     """
     check_device(estimate_for, dry_run)
-    resolved = resolve_recipe("finetune", source, recipe, keywords)
+    resolved = resolve_recipe("finetune", source, recipe, keywords, allow_code=allow_code)
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.finetune.train != "adapters":
             raise RecipeError(f"--{flag}: belongs to --train adapters; leave it out or train them.")
-    _need_source_and_tasks("finetune", resolved)
+    need_source_and_tasks("finetune", resolved)
     assert resolved.source is not None
     teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
     texts = () if dry_run else (resolved.tasks, eval_tasks or {})
@@ -364,8 +372,8 @@ def evaluate(
     if harness:
         from modmoe.finetune.harness import evaluate_harness
 
-        path = None if harness_path is None else str(harness_path)
-        return evaluate_harness(_local(source, revision), harness, path=path, limit=limit, seed=seed, **options)
+        options["path"] = None if harness_path is None else str(harness_path)
+        return evaluate_harness(_local(source, revision), harness, limit=limit, seed=seed, **options)
     from modmoe.finetune.evaluate import evaluate as run
 
     return run(
@@ -384,13 +392,6 @@ def _local(source: str | Path, revision: str | None) -> str:
     from modmoe.checkpoint import resolve_source
 
     return str(resolve_source(source, revision))
-
-
-def _need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:
-    if recipe.source is None:
-        raise RecipeError(f"{step}: no source is given; name a local directory or a Hub id.")
-    if reads_text and not recipe.tasks:
-        raise RecipeError(f"{step}: no task is given; add --task NAME=FILE, or tasks: in a recipe.")
 
 
 def _output(step: str, output: str | Path | None) -> str:

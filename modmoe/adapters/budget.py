@@ -83,6 +83,8 @@ def make_config(method: str, settings: dict[str, Any]) -> RoutedConfig:
     for name in settings:
         if name not in known:
             raise AdapterError(f"adapter.settings.{name}: {method} has no such setting.{did_you_mean(name, known)}")
+        if isinstance(settings[name], int) and settings[name] > _MOST:
+            raise AdapterError(f"adapter.settings.{name}: {settings[name]!r:.24} is more than {_MOST:,}; choose less.")
     return kind(**settings)
 
 

@@ -17,7 +17,7 @@ from modmoe.analyze.kmeans import cut_by_keys
 from modmoe.analyze.modules import Partition, check_num_modules, load_partitions, save_partitions
 from modmoe.analyze.profile import ActivationProfile
 from modmoe.analyze.random import cut_at_random, cut_in_order
-from modmoe.errors import RecipeError, did_you_mean
+from modmoe.errors import RecipeError, did_you_mean, reason_of
 from modmoe.ffn import FFNWeights
 
 __all__ = [
@@ -64,8 +64,8 @@ def find_partitioner(name: str) -> Partitioner:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except (Exception, SystemExit) as error:  # the file is a program, and may end as it likes
+        reason = reason_of(error)
         raise RecipeError(
             f"partition.method: '{name}' cannot be imported: {reason}; name package.file.function."
         ) from error

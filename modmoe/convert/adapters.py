@@ -80,7 +80,17 @@ def adapter_config(wanted: AdapterRecipe, model: PreTrainedModel) -> Any:
     config = make_config(wanted.method, wanted.settings)
     if wanted.budget is not None:
         return solve_budget(wanted.method, model, wanted.budget, **wanted.settings)
+    count, base = config.num_parameters(model), model.num_parameters()
+    if count > _MOST_TIMES * base:
+        raise AdapterError(
+            f"adapter.settings: {wanted.method} would have {count:,} parameters with these, and the model has "
+            f"{base:,}; choose a smaller r or fewer experts."
+        )
     return config
+
+
+_MOST_TIMES = 100
+"""An adapter with more parameters than so many of its models is a mistake, and fills the memory."""
 
 
 def attach_to(model: PreTrainedModel, config: Any, source: str, revision: str | None = None) -> Any:

@@ -154,7 +154,7 @@ def family_of_tied(tied: Checkpoint) -> Family:
         return FAMILIES[before["model_type"]]
     recipe = tied.directory / RECIPE
     if recipe.is_file():
-        described = load_recipe(recipe, {"trust_remote_code": False}).family
+        described = load_recipe(recipe, {"trust_remote_code": False}, allow_code=True).family
         if described is not None:
             return family_of(before, described, str(recipe))
     raise ExportError(
@@ -225,6 +225,6 @@ def source_of(directory: Path) -> str | None:
     if not recipe.is_file():
         return None
     try:
-        return load_recipe(recipe, {"trust_remote_code": False}).source
+        return load_recipe(recipe, {"trust_remote_code": False}, allow_code=True).source
     except (CheckpointError, ValueError):
         return None

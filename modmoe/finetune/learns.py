@@ -30,6 +30,11 @@ def choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> 
         why = "is routed by task and has no router" if is_routed_by_task(model) else "is dense and has no router"
         raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
     if train == "lora":
+        width = model.get_input_embeddings().weight.shape[1]
+        if recipe.finetune.lora_rank > width:
+            raise RecipeError(
+                f"finetune.lora_rank: {recipe.finetune.lora_rank} is more than the model's width, {width}; choose less."
+            )
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=recipe.finetune.lora_rank,
