@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -334,7 +335,7 @@ def local_base(directory: Path) -> Path | None:
             f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {named!r}; write the base model's directory or "
             "Hub id there."
         )
-    return next((place for place in (Path(named), directory / named) if place.is_dir()), None)
+    return next((place for place in (Path(named), directory / named) if os.path.isdir(place)), None)
 
 
 def resolve_base(directory: Path) -> Path:
@@ -371,8 +372,13 @@ def parse_bytes(text: str, place: str) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write ``value`` as indented JSON with a final newline; what UTF-8 cannot hold is written by its number."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        data = json.dumps(value, indent=2).encode("ascii")
+    path.write_bytes(data + b"\n")
 
 
 def copy_companions(source: Path, target: Path) -> None:

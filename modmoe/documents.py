@@ -36,7 +36,18 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "READ
 """What of a checkpoint is fetched."""
 TEXT_EXTENSIONS = (".jsonl", ".json", ".parquet", ".txt")
 """Of files with a task's text."""
-_MOST_BYTES = {"*.jinja": 1 << 20, "README.md": 16 << 20, "*.py": 16 << 20}
+_MOST_BYTES = {
+    "*.jinja": 1 << 20,
+    "README.md": 16 << 20,
+    "*.py": 16 << 20,
+    # by name, since a JSON file of another may be a task's text
+    "*config.json": MOST_JSON_BYTES,
+    "*.index.json": MOST_JSON_BYTES,
+    "special_tokens_map.json": MOST_JSON_BYTES,
+    "added_tokens.json": MOST_JSON_BYTES,
+    "chat_template.json": MOST_JSON_BYTES,
+    "modmoe*.json": MOST_JSON_BYTES,
+}
 """Of files of a checkpoint that are read whole."""
 _PLAIN = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py", "README.md")
 """What is read by its name, which a folder may not have."""
@@ -56,10 +67,11 @@ def local_directory(source: str | Path) -> Path | None:
     Raises CheckpointError where it is neither.
     """
     path = Path(source)
-    if path.is_dir():
+    # os.path answers of every text, where pathlib raises an error for a name that is too long
+    if os.path.isdir(path):
         check_files(path)
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
@@ -74,9 +86,9 @@ def check_task_file(name: str, file: str) -> None:
     if path.suffix not in kinds:
         hint = did_you_mean(path.suffix, kinds) if path.suffix else f" Known: {', '.join(kinds)}."
         raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         kind = special_kind(path)
-        what = f"is {kind}" if kind else "is a directory" if path.is_dir() else "no such file"
+        what = f"is {kind}" if kind else "is a directory" if os.path.isdir(path) else "no such file"
         raise CalibrationError(f"{place}: {what}; name a file ({', '.join(kinds)}) or hub:ID.")
 
 
@@ -119,10 +131,20 @@ def read_text(path: Path, most_bytes: int) -> str:
     return data.decode("utf-8")
 
 
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+"""What may be one, or one of two that belong together."""
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object; CheckpointError where it is none, is too large, or has a key twice."""
+    """Return a JSON file's object; CheckpointError where it is none, is too large, or has a key twice.
+
+    A text with half a surrogate pair is refused too: no other file, name or terminal could hold it.
+    """
     try:
-        value = json.loads(read_text(path, MOST_JSON_BYTES), object_pairs_hook=_unique)
+        text = read_text(path, MOST_JSON_BYTES)
+        value = json.loads(text, object_pairs_hook=_unique)
+        if _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {reason_of(error)}; fetch it again.") from error
     if not isinstance(value, dict):

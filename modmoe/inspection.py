@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def inspect(directory: str) -> dict[str, Any]:
         CheckpointError: the directory is no checkpoint, or a damaged one.
     """
     path = Path(directory)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{directory}: no such directory.")
     check_files(path)
     if is_adapter(path):

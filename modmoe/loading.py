@@ -5,6 +5,7 @@ An adapter directory is loaded as its base model with the adapter attached.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from modmoe.adapter_config import adapter_method, read_peft_config
 from modmoe.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
     adapter_headers,
     is_adapter,
-    read_adapter_config,
     read_config,
     resolve_base,
     resolve_source,
@@ -33,7 +34,6 @@ from modmoe.errors import (
     CheckpointError,
     ModmoeError,
     RecipeError,
-    did_you_mean,
     is_failure,
     is_out_of_memory,
     reason_of,
@@ -51,17 +51,13 @@ ADAPTED_PREFIX = "modmoe_adapters_"
 """The ``model_type`` of a model that carries its adapters begins with it; such a one is no tied model."""
 PACKED_PREFIX = packed_modmoe.TYPE_PREFIX
 """The ``model_type`` of a packed export begins with it; such a one is no tied model either."""
-PEFT_PREFIX = "MODMOE_"
-"""The ``peft_type`` of a routed adapter begins with it."""
 
 __all__ = [
     "ADAPTED_PREFIX",
     "PACKED_PREFIX",
-    "PEFT_PREFIX",
     "TIED_PREFIX",
     "TOKENIZER",
     "DenseClasses",
-    "adapter_method",
     "causal_lm_classes",
     "check_models",
     "dense_classes",
@@ -221,13 +217,24 @@ def check_models(sources: Iterable[str | Path | None], *, trust_remote_code: boo
         skeleton(resolve_base(place) if is_adapter(place) else place, trust_remote_code=trust_remote_code)
 
 
+_SPARE = 1 << 16
+"""Values by which an adapter's configuration may be larger than twice its weights."""
+
+
 def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTrainedModel:
     adapter_method(directory)
-    adapter_headers(directory)
+    held = sum(math.prod(shape) for shape, _ in adapter_headers(directory).values())
     base = load(resolve_base(directory), **options)
     from peft import PeftModel
 
     try:
+        config = read_peft_config(directory)
+        wanted = int(config.num_parameters(base))
+        if wanted > _SPARE + 2 * held:
+            raise CheckpointError(
+                f"{directory / ADAPTER_CONFIG}: describes an adapter of {wanted:.3g} parameters, and its weights are "
+                f"{held:.3g}; one of the two is of another adapter."
+            )
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
     except AdapterError as error:  # it knows its name in the model, and not where it came from
         raise AdapterError(f"{directory}: {error}") from error
@@ -236,23 +243,6 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
             raise
         raise CheckpointError(f"{directory}: peft cannot load it: {reason_of(error, 300)}.") from error
     return cast(PreTrainedModel, model.eval())
-
-
-def adapter_method(directory: Path) -> str:
-    """Return the method of an adapter directory; CheckpointError where it is none of METHODS."""
-    from modmoe.adapters.methods import METHODS
-
-    kind = str(read_adapter_config(directory).get("peft_type"))
-    method = kind.removeprefix(PEFT_PREFIX).lower()
-    place = f"{directory / ADAPTER_CONFIG}: peft_type"
-    if not kind.startswith(PEFT_PREFIX):
-        raise CheckpointError(
-            f"{place}: {kind} is no routed adapter; merge it into its base model with peft (merge_and_unload), and "
-            "name what that gives."
-        )
-    if method not in METHODS:
-        raise CheckpointError(f"{place}: this version knows no method '{method}'.{did_you_mean(method, METHODS)}")
-    return method
 
 
 def tokenizer_home(directory: Path) -> Path:

@@ -168,7 +168,7 @@ def input_words(
     found |= {f"the text of task {name}": file for name, file in tasks.items()}
     for words in ("the source", "the teacher"):
         place = found[words]
-        if place is not None and Path(place).is_dir():
+        if place is not None and os.path.isdir(place):
             found[f"the model under the adapter {place}"] = _base_of(Path(place))
     return found
 
@@ -180,7 +180,7 @@ def _base_of(directory: Path) -> Path | None:
     except ModmoeError:  # no adapter, or one that is refused when it is read
         return None
     places = (Path(named), directory / named) if isinstance(named, str) and named else ()
-    return next((place for place in places if place.is_dir()), None)
+    return next((place for place in places if os.path.isdir(place)), None)
 
 
 @contextlib.contextmanager

@@ -306,8 +306,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
     try:
         flat = _flatten(raw)
         method = flat.get("partition.method")
-        is_own = isinstance(method, str) and "." in method and (overrides or {}).get("partition.method") is None
-        if is_own and not allow_code:
+        is_replaced = (overrides or {}).get("partition.method") is not None
+        if isinstance(method, str) and "." in method and not (is_replaced or allow_code):
             raise RecipeError(
                 f"partition.method: '{method[:80]}' is a function of somebody's, whose file would be imported and so "
                 "executed; read it, then pass --allow-code."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def attach_to(model: PreTrainedModel, config: Any, source: str, revision: str | 
 
     attached = get_peft_model(model, config)
     made = attached.peft_config["default"]
-    made.base_model_name_or_path = str(Path(source).resolve()) if Path(source).exists() else source
+    made.base_model_name_or_path = str(Path(source).resolve()) if os.path.exists(source) else source
     made.revision = revision
     return attached
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None
         CheckpointError: there is no such directory, or nothing in it that belongs to a checkpoint.
     """
     path = Path(directory)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         old = path.with_name(path.name + ".replaced")
-        more = f"an interrupted run left what was there as {old}" if old.is_dir() else "name one on this disk"
+        more = f"an interrupted run left what was there as {old}" if os.path.isdir(old) else "name one on this disk"
         raise CheckpointError(f"{directory}: no such directory; {more}.")
     check_files(path)
     if not any((path / "config.json").is_file() or any(path.glob(end)) for end in ("adapter_*", "*.safetensors*")):

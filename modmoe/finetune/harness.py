@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -109,7 +110,7 @@ def _build(names: Sequence[str], path: str | None) -> dict[str, Any]:
     """Return what lm-eval makes of each name: a group, or one task or several."""
     from lm_eval.tasks import TaskManager
 
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not os.path.isdir(path):
         raise RecipeError(f"--harness-path: {path}: no such folder.")
     if path is not None:
         check_tree(Path(path))

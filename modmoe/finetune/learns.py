@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from transformers import PreTrainedModel
@@ -30,7 +31,8 @@ def choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> 
         why = "is routed by task and has no router" if is_routed_by_task(model) else "is dense and has no router"
         raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
     if train == "lora":
-        width = model.get_input_embeddings().weight.shape[1]
+        embeddings: Any = model.get_input_embeddings()
+        width = embeddings.weight.shape[1]
         if recipe.finetune.lora_rank > width:
             raise RecipeError(
                 f"finetune.lora_rank: {recipe.finetune.lora_rank} is more than the model's width, {width}; choose less."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def check_source(
         CheckpointError: it is a model of another form, or one that no command can use.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(str(describe_file(path)))
     directory = local_directory(source)
     if directory is None:

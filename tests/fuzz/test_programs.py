@@ -209,6 +209,7 @@ def put(path: Path, kind: str) -> None:
             file.truncate(300 << 20 if kind == "large" else 0)
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @often("special")
 @given(changes=specials())
 def test_special_files(room: tuple[Path, dict[str, bytes]], changes: list[tuple[str, str]]) -> None:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modmoe.analyze import rows
-from modmoe.checkpoint import INDEX, Checkpoint, copy_companions
-from modmoe.documents import YamlError, open_tensors, parse_yaml, read_object
-from modmoe.errors import CalibrationError, CheckpointError, RecipeError
+from modmoe.checkpoint import INDEX, Checkpoint, copy_companions, write_json
+from modmoe.documents import YamlError, check_task_file, local_directory, open_tensors, parse_yaml, read_object
+from modmoe.errors import CalibrationError, CheckpointError, ModmoeError, RecipeError
 from modmoe.loading import load, skeleton
 from modmoe.recipe import load_recipe
 from tests.tiny import save_dense
@@ -191,3 +191,36 @@ def test_parquet_that_holds_far_more_than_its_size(tmp_path, monkeypatch, repeat
 def test_nothing_is_left_on_the_meta_device(dense):
     """The model that is only measured is another than the one that is loaded."""
     assert not any(tensor.is_meta for tensor in load(dense, dtype=torch.float64).state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["A" * 5000, "a/" * 3000, "x\0y", "\ud800"])
+def test_a_name_that_no_file_can_have_is_not_there(tmp_path: Path, name: str) -> None:
+    """Such names stand in strangers' configurations, and on command lines where a variable was empty."""
+    from modmoe import steps
+    from modmoe.checkpoint import local_base
+    from modmoe.diagnosis.run import doctor
+    from modmoe.export.hub import push
+
+    for act in (
+        lambda: local_directory(name),
+        lambda: check_task_file("a", f"{name}.jsonl"),
+        lambda: steps.inspect(name),
+        lambda: doctor(name),
+        lambda: push(name, "me/x", dry_run=True),
+        lambda: steps.export(name, tmp_path / "out"),
+        lambda: steps.evaluate(name, {"a": "b.txt"}),
+    ):
+        with pytest.raises(ModmoeError):
+            act()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    if name == "\ud800":
+        with pytest.raises(ModmoeError, match="surrogates not allowed"):
+            local_base(tmp_path)
+    else:
+        assert local_base(tmp_path) is None
+
+
+def test_what_utf8_cannot_hold_is_written_by_its_number(tmp_path: Path) -> None:
+    for value in ({"a": "\ud800"}, {"\udfff": 1}, {"a": "ü😀"}):
+        write_json(tmp_path / "x.json", value)
+        assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
