@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -14,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from modmoe.cli.progress import Progress, size_words
+from modmoe.cli.streams import StdoutError, json_text, plain_streams, silence, terminal
+from modmoe.errors import visible
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+_READ = ("read", "read_eval")
 _LONG = 40
 """Characters beyond which a cell of a table is text, which may be cut where a terminal is narrow."""
 
@@ -41,14 +43,18 @@ class Console:
         """Say less (``quiet``), more (``verbose``), or put one JSON object on stdout (``as_json``)."""
         self.speaks = is_first_process()
         self.as_json, self.quiet, self.verbose = as_json, quiet or not self.speaks, verbose
+        self._is_silent = quiet
         self._stdout: IO[str] = sys.stdout
         self._progress, self._has_moved = Progress(), False
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Console:
         """Send stdout to stderr and calm the libraries down."""
+        self._undo.enter_context(plain_streams())
         self._stdout = sys.stdout
         self._undo.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if self._is_silent:
+            self._undo.enter_context(silence(sys.stderr))
         self._undo.enter_context(warnings.catch_warnings())
         warnings.showwarning = _show_warning
         if not self.verbose:
@@ -88,7 +94,7 @@ class Console:
         """Print one line to stderr unless quiet."""
         if not self.quiet:
             self._progress.close()
-            print(line, file=sys.stderr, flush=True)
+            print(visible(line), file=sys.stderr, flush=True)
 
     def finish(
         self,
@@ -106,28 +112,39 @@ class Console:
         self._progress.close()
         if not self.speaks:
             return
-        if self.as_json:
-            self._stdout.write(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
-        elif not self.quiet and picture is not None and self._stdout.isatty():
-            from rich.console import Console as RichConsole
-
-            RichConsole(file=self._stdout, highlight=False).print(
-                *([""] if self._has_moved else []), picture(), sep="\n"
-            )
-        elif not self.quiet:
-            show(result if shown is None else shown, title, self._stdout)
-        self._stdout.flush()
+        try:
+            if self.as_json:
+                self._stdout.write(json_text(_jsonable(result), self._stdout) + "\n")
+            elif not self.quiet:
+                self._show(result if shown is None else shown, title, picture)
+            self._stdout.flush()
+        except StdoutError as error:
+            if (output := result.get("output") or title) and not result.get("dry_run"):
+                error.add_note(f"{output} is whole.")
+            raise
         if next_step and not self.as_json:
             self._say_next(next_step)
 
+    def _show(self, result: Mapping[str, Any], title: str, picture: Callable[[], Any] | None) -> None:
+        screen = terminal(self._stdout)
+        if picture is None or screen is None:
+            # what was read is in the log already, in words
+            show({key: value for key, value in result.items() if key not in _READ}, title, self._stdout)
+            return
+        from rich.console import Console as RichConsole
+
+        RichConsole(file=screen, highlight=False).print(*([""] if self._has_moved else []), picture(), sep="\n")
+
     def _say_next(self, step: str) -> None:
-        if self.quiet or not sys.stderr.isatty():
+        screen = None if self.quiet else terminal(sys.stderr)
+        if screen is None:
             self.say(f"next: {step}")
             return
         from rich.console import Console as RichConsole
         from rich.text import Text
 
-        RichConsole(stderr=True, soft_wrap=True).print(Text.assemble("\n", ("next:", "bold"), f" {step}"))
+        words = Text.assemble("\n", ("next:", "bold"), f" {visible(step)}")
+        RichConsole(file=screen, soft_wrap=True).print(words)
 
     def write(self, text: str) -> None:
         """Print text to stdout as it is."""
@@ -142,11 +159,11 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        print(f"modmoe: {record.getMessage()}", file=sys.stderr, flush=True)
+        print(f"modmoe: {visible(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"modmoe: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"modmoe: warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
@@ -157,17 +174,19 @@ def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
         if isinstance(value, Mapping) and value and all(isinstance(item, Mapping) for item in value.values()):
             tables.append((key, [{"name": name, **item} for name, item in value.items()]))
         elif isinstance(value, Mapping):
-            values.extend((f"{key}.{name}", _words(f"{key}.{name}", item)) for name, item in value.items())
+            values.extend((visible(f"{key}.{name}"), _words(f"{key}.{name}", item)) for name, item in value.items())
         elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
             tables.append((key, list(value)))
         else:
-            values.append((key, _words(key, value)))
-    draw = _draw_rich if stream.isatty() else _draw_plain
+            values.append((visible(key), _words(key, value)))
+    screen = terminal(stream)
+    draw = _draw_plain if screen is None else _draw_rich
     if values:
-        draw(title, [], values, stream)
+        draw(visible(title), [], values, screen or stream)
     for name, rows in tables:
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        draw(name, columns, [tuple(_words(column, row.get(column)) for column in columns) for row in rows], stream)
+        cells = [tuple(_words(column, row.get(column)) for column in columns) for row in rows]
+        draw(visible(name), [visible(column) for column in columns], cells, screen or stream)
 
 
 def _draw_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: IO[str]) -> None:
@@ -243,13 +262,13 @@ def _words(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(name, item)}" for name, item in value.items())
+        return ", ".join(f"{visible(str(name))} {_words(str(name), item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
             return "-"
         words = [_words(key, item) for item in value]
         return words[0] + f" (each of {len(words)})" if len(words) > 3 and len(set(words)) == 1 else ", ".join(words)
-    return str(value)
+    return visible(str(value))
 
 
 def _jsonable(value: Any) -> Any:

@@ -9,6 +9,7 @@ import typer
 
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.errors import hide_secrets, visible
 
 EPILOG = flags.examples("modmoe doctor ./moe", "modmoe doctor ./moe --json | jq .faults")
 
@@ -33,7 +34,9 @@ def doctor(
         if not as_json:
             for line in result["notes"]:
                 console.say(f"note: {line}.")
-            for fault in result["faults"]:
-                print(f"modmoe: {fault['place']}: {fault['wrong']}; {fault['remedy']}.", file=sys.stderr)
+    # behind the console, which silences everything else where only errors are wanted
+    for fault in () if as_json else result["faults"]:
+        line = f"modmoe: {fault['place']}: {fault['wrong']}; {fault['remedy']}."
+        print(visible(hide_secrets(line)), file=sys.stderr)
     if not result["healthy"]:
         raise typer.Exit(2)

@@ -11,6 +11,7 @@ from modmoe import steps
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.cli.progress import size_words, time_words
+from modmoe.errors import visible
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -69,7 +70,7 @@ def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
     def branch(tree: Tree, head: str, lines: Sequence[str]) -> None:
         part = tree.add(Text(head, style="bold"))
         for line in lines[:MOST_BRANCHES]:
-            part.add(Text(line, no_wrap=True, overflow="ellipsis"))
+            part.add(Text(visible(line), no_wrap=True, overflow="ellipsis"))
         if len(lines) > MOST_BRANCHES:
             part.add(Text(f"... and {len(lines) - MOST_BRANCHES} more; --json has all"))
 
@@ -77,8 +78,8 @@ def draw_tree(result: Mapping[str, Any], title: str) -> Tree:
     kind = [str(result[name]) for name in ("model_type", "method") if result.get(name)] + ["dense"] * is_dense
     layers = result.get("num_layers")
     about = [*kind, *([f"{layers} layers"] if layers else []), *_routing(result)]
-    tree = Tree(Text(title, style="bold", overflow="ellipsis", no_wrap=True))
-    tree.add(Text(", ".join(about)))
+    tree = Tree(Text(visible(title), style="bold", overflow="ellipsis", no_wrap=True))
+    tree.add(Text(visible(", ".join(about))))
     on_disk = f", {size_words(result['bytes_on_disk'])} on disk" if result.get("bytes_on_disk") else ""
     parameters = (_shown_dense(result) if is_dense else result).get("parameters") or {}
     if isinstance(parameters, int):

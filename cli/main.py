@@ -1,6 +1,6 @@
 """The command ``modmoe``: one app, and the one place that turns errors into lines and exit codes.
 
-0 done, 2 what the user can mend (one line, no traceback), 1 a bug, 130 Ctrl-C.
+0 done, 2 what the user can mend (one line, no traceback), 1 a bug, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from modmoe.cli import (
     validate,
 )
 from modmoe.cli.console import StoppedError, is_first_process
-from modmoe.errors import ModmoeError, RankError, disk_error, hide_secrets
+from modmoe.cli.stops import INTERRUPTED, Stops, stoppable
+from modmoe.cli.streams import end_streams, open_missing, plain_streams
+from modmoe.errors import ModmoeError, RankError, disk_error, hide_secrets, input_error, is_failure, visible
 
 app = typer.Typer(
     name="modmoe",
@@ -68,7 +70,6 @@ app.add_typer(recipes.app, name="recipes")
 _ClickException = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 # What several processes, started by torchrun, do together; of the rest the first does all.
 _SHARED = ("analyze", "convert", "finetune", "eval")
-_STOPPED = 130
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,36 +94,47 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    open_missing()
     # read once, when torch is loaded: threads that wait by spinning are a tenth faster where nothing else runs, and
     # made a training step twelve times slower where something did
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(arguments))
+    code = run(arguments)
+    end_streams()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    with plain_streams(), stoppable() as stops:
+        return _run(arguments, stops)
+
+
+def _run(arguments: Sequence[str] | None, stops: Stops) -> int:
     try:
         code = app(None if arguments is None else list(arguments), prog_name="modmoe", standalone_mode=False)
-        return _say_stopped() if code == _STOPPED else code if isinstance(code, int) else 0
+        sys.stdout.flush()
+        return _say_stopped(stops) if code == INTERRUPTED else code if isinstance(code, int) else 0
     except ModmoeError as error:
         # what one process fails of, all are told, and the first says it; one that lost the others speaks for itself
         return _fail(f"{error}{_notes(error)}", is_own=isinstance(error, RankError))
     except StoppedError as stop:
-        return _say_stopped(f" {stop}")
+        return _say_stopped(stops, f" {stop}")
     except (KeyboardInterrupt, typer.Abort):
-        return _say_stopped()
+        return _say_stopped(stops)
     except typer.Exit as stop:
         return stop.exit_code
     except BrokenPipeError:
         # the reader of our output is gone; Python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         if isinstance(error, _ClickException):
             return _fail_usage(error)
-        failed = disk_error(error, "output")
+        # what a full disk, a protected directory or a stranger's file raises is no bug of ours
+        failed = disk_error(error, "output") or input_error(error)
         if failed is not None:
-            # what a full disk or a protected directory raises is no bug of ours
             return _fail(f"{failed}{_notes(error)}")
         print(hide_secrets(traceback.format_exc()), file=sys.stderr, end="")
         print(
@@ -131,10 +143,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _say_stopped(words: str = "") -> int:
+def _say_stopped(stops: Stops, words: str = "") -> int:
     if is_first_process():
         print(f"modmoe: stopped.{words.rstrip()}", file=sys.stderr)
-    return _STOPPED
+    return stops.code
 
 
 def _notes(error: BaseException) -> str:
@@ -142,7 +154,7 @@ def _notes(error: BaseException) -> str:
     return "".join(f" {note}" for note in getattr(error, "__notes__", ()))
 
 
-def _fail_usage(error: Exception) -> int:
+def _fail_usage(error: BaseException) -> int:
     """Print what click says about a wrong command line, and where its help is."""
     message = getattr(error, "format_message", lambda: str(error))().strip()
     context = getattr(error, "ctx", None)
@@ -152,7 +164,7 @@ def _fail_usage(error: Exception) -> int:
 
 def _fail(message: str, *, is_own: bool = False) -> int:
     if is_own or is_first_process():
-        print(f"modmoe: {' '.join(hide_secrets(message).split())}", file=sys.stderr)
+        print(f"modmoe: {visible(' '.join(hide_secrets(message).split()))}", file=sys.stderr)
     return 2
 
 

@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
+
+from modmoe.cli.streams import PlainStream, terminal
+from modmoe.errors import visible
 
 PLAIN_INTERVAL_S = 10.0
 """Between two lines of one stage, where stderr is no terminal."""
@@ -99,8 +102,8 @@ class Progress:
                 self._end(now_s)
                 stage = self._stage = Stage(message, now_s, done or 0)
             stage.done, stage.total = done, total
-            if sys.stderr.isatty():
-                self._draw(stage, now_s)
+            if (screen := terminal(sys.stderr)) is not None:
+                self._draw(stage, now_s, screen)
             elif not stage.said_s or now_s - stage.said_s >= PLAIN_INTERVAL_S:
                 self._say(stage, now_s)
             if done is not None and done == total and stage.begun_at != done:
@@ -128,6 +131,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            _lay_above(None)
         stage = self._stage
         if stage is not None and not stage.is_over:
             stage.is_over = True
@@ -135,7 +139,7 @@ class Progress:
             if seconds >= SHORT_S:
                 _print(f"{stage.name}: {stage.end(seconds)}", is_done=True)
 
-    def _draw(self, stage: Stage, now_s: float) -> None:
+    def _draw(self, stage: Stage, now_s: float, screen: IO[str]) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
@@ -144,23 +148,45 @@ class Progress:
             return
         if self._bar is None:
             # how far it is in words; where that is not known, how long it has taken
-            last = TextColumn("{task.fields[now]}") if stage.total is not None else TimeElapsedColumn()
-            columns = (TextColumn("{task.description}"), BarColumn(None), last)
-            self._bar = Bar(*columns, console=RichConsole(stderr=True), transient=True, expand=True)
-            self._bar.add_task(stage.name, total=stage.total, now=stage.now(now_s - stage.started_s))
+            last = TextColumn("{task.fields[now]}", markup=False) if stage.total is not None else TimeElapsedColumn()
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(None), last)
+            console = RichConsole(file=screen)
+            self._bar = Bar(
+                *columns, console=console, transient=True, expand=True, redirect_stdout=False, redirect_stderr=False
+            )
+            name, now = visible(stage.name), stage.now(now_s - stage.started_s)
+            self._bar.add_task(name, total=stage.total, now=now)
             self._bar.start()
+            _lay_above(console)
         now = stage.now(now_s - stage.started_s)
         self._bar.update(self._bar.task_ids[0], completed=stage.done or 0, total=stage.total, now=now)
 
 
+def _lay_above(console: Any) -> None:
+    """Let what is printed to stderr land above a bar that ``console`` draws; None: there is no bar."""
+    for stream in {sys.stderr, sys.stdout}:
+        if not isinstance(stream, PlainStream):
+            continue
+        if stream.above is not None:
+            stream.above.flush()
+        stream.above = None
+        if console is not None and stream.stream is console.file:
+            from rich.file_proxy import FileProxy
+
+            stream.above = FileProxy(console, console.file)
+
+
 def _print(line: str, *, is_done: bool = False) -> None:
-    if is_done and sys.stderr.isatty():
+    screen = terminal(sys.stderr) if is_done else None
+    if screen is not None:
         from rich.console import Console as RichConsole
         from rich.text import Text
 
-        RichConsole(stderr=True, soft_wrap=True).print(Text.assemble(("✓", "green"), f" {line}"))
+        console = RichConsole(file=screen, soft_wrap=True)
+        mark = "✓" if console.encoding.startswith("utf") else "*"
+        console.print(Text.assemble((mark, "green"), f" {visible(line)}"))
     else:
-        print(f"modmoe: {line}", file=sys.stderr, flush=True)
+        print(f"modmoe: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def size_words(size_bytes: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from modmoe.export import adapted_code
 from modmoe.kinds.forms import wrong_with
 from modmoe.kinds.tokens import count_rows, find_rowless
 from modmoe.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
+from modmoe.scratch import scratch_directory
 from modmoe.tokenizer_files import place_of, template_place, try_tokenizer
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
@@ -68,12 +68,12 @@ def _written(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         return {} if method is None else adapted_code.code_files(method)
     # what others are to execute is compared by itself
     named = {key: value for key, value in config.items() if key != "auto_map"}
-    with tempfile.TemporaryDirectory(prefix="modmoe-doctor-") as scratch:
+    with scratch_directory("doctor") as scratch:
         if model_type.startswith(PACKED_PREFIX):
-            write_packed_code(Path(scratch))
+            write_packed_code(scratch)
         else:
-            write_code(Path(scratch), named, directory)
-        texts = {file.name: file.read_text(encoding="utf-8") for file in Path(scratch).glob("*.py")}
+            write_code(scratch, named, directory)
+        texts = {file.name: file.read_text(encoding="utf-8") for file in scratch.glob("*.py")}
     # those of the architecture's own are copies of what is looked at
     return {name: text for name, text in texts.items() if name not in own_files(config, directory)}
 

@@ -5,25 +5,24 @@ No code of the checkpoint is executed: an architecture that brings its own is no
 
 from __future__ import annotations
 
-import logging
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modmoe.accounting import routed_of
-from modmoe.checkpoint import ADAPTER_CONFIG, MANIFEST
 from modmoe.diagnosis.files import FETCH, Weights
 from modmoe.diagnosis.findings import Findings
 from modmoe.errors import ModmoeError, reason_of
 from modmoe.families import layers_of
+from modmoe.implied import Fit, compare, model_names, quiet
+from modmoe.kinds.check import find_problems
+from modmoe.kinds.headers import Headers
 from modmoe.loading import TIED_PREFIX, own_code, skeleton
+from modmoe.scratch import scratch_directory
 
 _RESTORE = "restore config.json, or the weights that belong to it"
 
@@ -31,7 +30,7 @@ _RESTORE = "restore config.json, or the weights that belong to it"
 def check_expected(directory: Path, config: dict[str, Any], weights: Weights, findings: Findings) -> None:
     """Compare names and shapes of the tensors with those of the model that ``config`` describes."""
     place = directory / "config.json"
-    reason = _why_not(config)
+    reason = _why_not(directory, config, weights.headers())
     if reason:
         findings.checked["names and shapes"] = f"no: {reason}"
         findings.note(f"{place}: {reason}, so names and shapes were not checked against it")
@@ -45,23 +44,22 @@ def check_expected(directory: Path, config: dict[str, Any], weights: Weights, fi
         findings.fault(place, size, _RESTORE)
         return
     try:
-        with _quiet():
+        with quiet():
             model = implied_model(directory)
-            state = revert_weight_conversion(model, model.state_dict())
-        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        fit = compare(directory, model, weights.shape, weights.where)
     except Exception as error:  # of every kind: the configuration may say anything
         findings.checked["names and shapes"] = "no: config.json describes no model"
         if not any(fault.place.startswith(str(place)) for fault in findings.faults):
             findings.fault(place, f"no model can be built from it ({reason_of(error)})", _RESTORE)
         return
-    _compare(directory, model, expected, weights, findings)
+    _compare(directory, model, fit, weights, findings)
 
 
-def _why_not(config: dict[str, Any]) -> str:
+def _why_not(directory: Path, config: dict[str, Any], headers: Headers) -> str:
     if own_code(config):
         return "the architecture is defined by Python files of its own, which are not executed"
-    if "quantization_config" in config:
-        return "the weights are quantized"
+    if any(find_problems(directory, config, headers)):
+        return "its tensors are not those of a model that can be used"
     return ""
 
 
@@ -83,31 +81,21 @@ def _too_large(config: Mapping[str, Any], weights: Weights) -> str:
 
 def implied_model(directory: Path) -> Any:
     """Return the model that config.json describes, without values; nothing else of the directory is read."""
-    with tempfile.TemporaryDirectory(prefix="modmoe-doctor-") as alone:
-        shutil.copyfile(directory / "config.json", Path(alone) / "config.json")
-        return skeleton(Path(alone))
+    with scratch_directory("doctor") as alone:
+        shutil.copyfile(directory / "config.json", alone / "config.json")
+        return skeleton(alone)
 
 
-def _compare(
-    directory: Path, model: Any, expected: dict[str, tuple[int, ...]], weights: Weights, findings: Findings
-) -> None:
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    found = _model_names(weights.where, expected, prefix)
-    lost = _model_names(weights.lost, expected, prefix)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    # what a model fills in itself: rankings of checkpoints that were written without them
-    missing = [name for name in expected.keys() - found.keys() - lost.keys() - tied if not name.endswith(".ranking")]
-    extra = found.keys() - expected.keys() - tied - {name for name, _ in model.named_buffers()}
-    misshapen = [name for name in expected.keys() & found.keys() if weights.shape(found[name]) != expected[name]]
-    if (missing or extra) and not misshapen and not (directory / MANIFEST).is_file() and _loads(directory, model):
-        missing, extra = [], set()  # names of an older convention, which transformers translates
+def _compare(directory: Path, model: Any, fit: Fit, weights: Weights, findings: Findings) -> None:
+    lost = model_names(weights.lost, fit.implied, str(getattr(model, "base_model_prefix", "")))
+    missing = [name for name in fit.missing if name not in lost]
     place = directory / "config.json"
     if weights.is_whole:
         names = [name for name in missing if name not in findings.told]
         findings.fault_of_each(place, sorted(names), "is implied here and in no file", FETCH)
-    wrong = {found[name]: "is no tensor of the model that config.json describes" for name in extra}
-    for name in misshapen:
-        stored, shape = found[name], list(expected[name])
+    wrong = dict.fromkeys(fit.extra, "is no tensor of the model that config.json describes")
+    for name in fit.misshapen:
+        stored, shape = fit.found[name], list(fit.implied[name])
         wrong[stored] = f"has shape {list(weights.shape(stored))}, and config.json implies {shape}"
     alike: dict[tuple[str, str], list[str]] = {}
     for stored, text in sorted(wrong.items()):
@@ -115,30 +103,8 @@ def _compare(
             alike.setdefault((weights.where[stored], text), []).append(stored)
     for (file, text), names in alike.items():
         findings.fault_of_each(directory / file, names, text, _RESTORE)
-    findings.checked["names and shapes"] = len(expected)
-    _check_types(directory, model, found, weights, findings)
-
-
-def _model_names(stored: Iterable[str], expected: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """Return the model's name of each tensor to the stored one: a base model may be saved without its prefix."""
-    names = list(stored)
-    if not prefix or any(name.startswith(f"{prefix}.") for name in names):
-        return {name: name for name in names}
-    return {f"{prefix}.{name}" if f"{prefix}.{name}" in expected else name: name for name in names}
-
-
-def _loads(directory: Path, model: Any) -> bool:
-    """Return whether transformers itself finds every tensor; nothing is read but headers."""
-    if (directory / ADAPTER_CONFIG).is_file():
-        return False  # it would load that adapter too
-    try:
-        with _quiet():
-            _, info = type(model).from_pretrained(
-                directory, config=model.config, device_map="meta", output_loading_info=True
-            )
-    except Exception:  # of every kind: then it does not load
-        return False
-    return not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    findings.checked["names and shapes"] = len(fit.implied)
+    _check_types(directory, model, fit.found, weights, findings)
 
 
 def _check_types(directory: Path, model: Any, found: Mapping[str, str], weights: Weights, findings: Findings) -> None:
@@ -162,15 +128,3 @@ def _check_types(directory: Path, model: Any, found: Mapping[str, str], weights:
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' reports of what it misses off the terminal: they are told here, one line each."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

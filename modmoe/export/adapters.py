@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import modmoe
 from modmoe.accounting import tensor_bytes
+from modmoe.adapter_config import adapter_method, read_peft_config
 from modmoe.adapters.attach import Site
 from modmoe.adapters.configuration_modmoe_adapters import NAME
 from modmoe.adapters.methods import METHODS
@@ -43,7 +43,8 @@ from modmoe.export.dense import RECIPE
 from modmoe.export.parcel import public_recipe
 from modmoe.export.tied import with_dtype
 from modmoe.export.verify import verify as verify_export
-from modmoe.loading import TIED_PREFIX, adapter_method, load, own_code, tokenizer_home
+from modmoe.loading import TIED_PREFIX, load, own_code, tokenizer_home
+from modmoe.scratch import scratch_directory
 from modmoe.staging import open_output
 
 NAME_IN_PEFT = "default"
@@ -120,6 +121,7 @@ def export_adapter(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    read_peft_config(directory)
     headers = adapter_headers(directory)
     _check(source, form, expert, approximate, tasks)
     adapter_bytes = _header_bytes(headers)
@@ -172,8 +174,6 @@ def _check(source: Source, form: str, expert: str | None, approximate: bool, tas
         if source.dtype is not None:
             raise ExportError("dtype: an adapter alone keeps its float32; leave --dtype out.")
         return
-    if "quantization_config" in source.base.config:
-        raise ExportError(f"{source.base.directory}: is quantized; attach the adapter to the unquantized base model.")
     if str(model_type).startswith(TIED_PREFIX):
         raise ExportError(f"{place}: its base model is a {model_type}; only --form adapter can hold that.")
     if form == "tied" and own_code(source.base.config):
@@ -223,7 +223,7 @@ def _write_alone(source: Source, partial: Path, output: Path) -> Written:
     named, warnings = str(config["base_model_name_or_path"]), []
     found = local_base(source.directory)
     if found is not None:
-        if not Path(named).is_dir():  # it counts from the adapter's directory, which is another now
+        if not os.path.isdir(named):  # it counts from the adapter's directory, which is another now
             config["base_model_name_or_path"] = os.path.relpath(found, output)
         warnings.append(
             f"the base model is named by a path, '{named}'; write its Hub id into {ADAPTER_CONFIG} before you share it."
@@ -250,10 +250,10 @@ def _folded_to_single(source: Source, config: dict[str, Any]) -> tuple[dict[str,
     from modmoe.export.folded import fold_to_single
 
     single = fold_to_single(source.load())
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_directory("fold") as scratch:
         single.save_pretrained(scratch)
-        made = read_adapter_config(Path(scratch))
-        tensors = load_file(Path(scratch) / ADAPTER_WEIGHTS)
+        made = read_adapter_config(scratch)
+        tensors = load_file(scratch / ADAPTER_WEIGHTS)
     kept = ("base_model_name_or_path", "revision", "inference_mode")
     return {**made, **{name: config.get(name) for name in kept}}, tensors
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -303,7 +304,7 @@ def _check_whole(path: Path) -> None:
     """Raise ExportError unless ``path`` holds a whole checkpoint, with the tensors of its manifest if it has one."""
     if path.name.endswith(".partial"):
         raise ExportError(f"{path}: is what an unfinished run left; run it again.")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ExportError(f"{path}: no such directory.")
     try:
         check_files(path)

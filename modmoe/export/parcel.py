@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -92,7 +93,7 @@ def public_recipe(path: Path) -> str:
 def hub_id(named: Any) -> str | None:
     """Return ``named`` where it is a Hub id and nothing on this disk, which nobody else could find; else None."""
     is_id = isinstance(named, str) and _HUB_ID.fullmatch(named) is not None
-    return named if is_id and not Path(named).exists() else None
+    return named if is_id and not os.path.exists(named) else None
 
 
 def warnings_of(directory: Path) -> list[str]:

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from modmoe.checkpoint import Checkpoint
 from modmoe.errors import ExportError
-from modmoe.export import reload
+from modmoe.export import child, reload
+from modmoe.scratch import scratch_directory
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits by what it was computed in, as a share of the largest logit."""
@@ -130,28 +130,42 @@ def weights_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _reload(job: dict[str, Any]) -> dict[str, Tensor]:
     """Run the job in a fresh process and return the tensors it wrote."""
-    with tempfile.TemporaryDirectory(prefix="modmoe-verify-") as scratch:
-        output = Path(scratch) / "computed.safetensors"
-        job_file = Path(scratch) / "job.json"
+    with scratch_directory("verify") as scratch:
+        output = scratch / "computed.safetensors"
+        job_file = scratch / "job.json"
         job_file.write_text(json.dumps({**job, "output": str(output)}), encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key.upper()}
         environment.update(
             HF_HUB_OFFLINE="1",
-            HF_MODULES_CACHE=str(Path(scratch) / "modules"),  # the user's cache stays as it is
+            HF_MODULES_CACHE=str(scratch / "modules"),  # the user's cache stays as it is
             HF_HUB_DISABLE_PROGRESS_BARS="1",
             TRANSFORMERS_VERBOSITY="error",
             TOKENIZERS_PARALLELISM="false",
             PYTHONDONTWRITEBYTECODE="1",
+            PYTHONUTF8="1",  # what it says is read as such, whatever the locale
         )
         # -P: neither this package's directory nor the working directory can be imported from
-        command = [sys.executable, "-P", str(Path(reload.__file__).resolve()), str(job_file)]
-        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        scripts = [str(Path(str(script.__file__)).resolve()) for script in (child, reload)]
+        command = [sys.executable, "-P", scripts[0], str(scratch), scripts[1], str(job_file)]
+        done = _run_child(command, cwd=scratch, env=environment)
         if done.returncode or not output.is_file():
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1][:400] if lines else f"the process ended with {done.returncode}"
             tool = "plain transformers" if job["base"] is None else "peft"
             raise ExportError(f"the export does not reload with {tool}: {reason}")
         return load_file(output)
+
+
+def _run_child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a process that ends at once where this one is interrupted or killed, and return what it said."""
+    ours, theirs = os.pipe()[::-1]
+    try:
+        return subprocess.run(
+            command, stdin=theirs, capture_output=True, text=True, encoding="utf-8", errors="replace", **options
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def _compare(
