@@ -31,7 +31,7 @@ from modmoe.cli import (
 )
 from modmoe.cli.console import StoppedError, is_first_process
 from modmoe.cli.stops import INTERRUPTED, Stops, stoppable
-from modmoe.cli.streams import end_streams, open_missing, plain_streams
+from modmoe.cli.streams import ReaderGoneError, StdoutError, end_streams, open_missing, plain_streams
 from modmoe.errors import ModmoeError, RankError, disk_error, hide_secrets, input_error, is_failure, visible
 
 app = typer.Typer(
@@ -106,7 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     with plain_streams(), stoppable() as stops:
-        return _run(arguments, stops)
+        code = _run(arguments, stops)
+        try:
+            sys.stdout.flush()  # of what left by another way, such as --help
+        except StdoutError as error:
+            return code or _fail(str(error))
+        except ReaderGoneError:
+            pass
+        return code
 
 
 def _run(arguments: Sequence[str] | None, stops: Stops) -> int:
@@ -123,9 +130,7 @@ def _run(arguments: Sequence[str] | None, stops: Stops) -> int:
         return _say_stopped(stops)
     except typer.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:
-        # the reader of our output is gone; Python would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGoneError:
         return 0
     except BaseException as error:
         if not is_failure(error):

@@ -22,6 +22,10 @@ class StdoutError(ModmoeError, OSError):
     """What was to be printed could not be, since stdout is a file on a full or failing disk."""
 
 
+class ReaderGoneError(Exception):
+    """Nobody reads stdout any more, as when `head` has seen enough: no failure, which click would make of it."""
+
+
 class PlainStream:
     """Stands for stdout or stderr, and passes on text: an escape sequence is shown, as in ``\\x1b[2J``, and not sent.
 
@@ -42,7 +46,8 @@ class PlainStream:
 
     def write(self, text: str) -> int:
         """Write text that cannot steer a terminal."""
-        if not (self.is_silent or self._is_closed):
+        # click writes nothing to see whether it can, and passes over the answer
+        if text and not (self.is_silent or self._is_closed):
             # a bar of a library begins its line anew
             start = "\r" if text.startswith("\r") else ""
             self._try((self.above or self.stream).write, start + show_steering(text[len(start) :]))
@@ -65,10 +70,10 @@ class PlainStream:
     def _try(self, call: Any, *arguments: Any) -> None:
         try:
             call(*arguments)
-        except BrokenPipeError:
-            if self._is_result:
-                raise
+        except BrokenPipeError as error:
             self._is_closed = True
+            if self._is_result:
+                raise ReaderGoneError from error
         except (OSError, ValueError) as error:  # a ValueError of a stream that somebody closed
             self._is_closed = True
             if self._is_result:

@@ -159,10 +159,17 @@ def _reload(job: dict[str, Any]) -> dict[str, Tensor]:
 def _run_child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a process that ends at once where this one is interrupted or killed, and return what it said."""
     ours, theirs = os.pipe()[::-1]
+    pipes: dict[str, Any] = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        return subprocess.run(
-            command, stdin=theirs, capture_output=True, text=True, encoding="utf-8", errors="replace", **options
-        )
+        process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **pipes, **options)
+        try:
+            out, said = process.communicate()
+        except BaseException:
+            # waited for, which subprocess.run does not after Ctrl-C: nothing is left of it when this process ends
+            process.kill()
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, said)
     finally:
         os.close(ours)
         os.close(theirs)
