@@ -46,7 +46,9 @@ class PlainStream:
 
     def write(self, text: str) -> int:
         """Write text that cannot steer a terminal."""
-        # click writes nothing to see whether it can, and passes over the answer
+        # click writes nothing, of both kinds, to see what it can write, and passes over errors
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes text, not {type(text).__name__}")
         if text and not (self.is_silent or self._is_closed):
             # a bar of a library begins its line anew
             start = "\r" if text.startswith("\r") else ""
