@@ -48,7 +48,9 @@ def push(
             dry_run=dry_run,
             progress=console.progress,
         )
-        shown = {key: value for key, value in result.items() if key != "card"}
+        shown = {key: value for key, value in result.items() if key not in ("card", "left_out")}
+        if result["left_out"]:
+            console.say(f"not sent: {', '.join(item['path'] for item in result['left_out'])}")
         if result["card"] and not (as_json or quiet):
             console.write(f"card\n{textwrap.indent(result['card'], '  ')}\n")
         console.finish(result, shown=shown, title=repo, next_step="the same without --dry-run" if dry_run else "")

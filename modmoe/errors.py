@@ -22,7 +22,8 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CU
 _STREAM = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Variables of the environment that hold a token of the Hub."""
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=[Bb]earer )[^\s'\"]+|(?<=://)[^\s/@'\"]+(?=@)")
 MOST_CHARACTERS = 700
 """Of an error; what is longer quotes too much."""
@@ -145,7 +146,7 @@ def input_error(error: BaseException) -> CheckpointError | None:
 
 def hide_secrets(text: str) -> str:
     """Return a text without the Hub's token of the environment, what looks like one, or a password in an address."""
-    for name in _TOKENS:
+    for name in TOKEN_NAMES:
         token = os.environ.get(name, "").strip()
         if len(token) > 3:
             text = text.replace(token, "***")

@@ -39,7 +39,7 @@ from modmoe.checkpoint import (
 )
 from modmoe.documents import check_files
 from modmoe.errors import CheckpointError, ExportError, hide_secrets
-from modmoe.export.parcel import CARD, Contents, contents, list_files, warnings_of
+from modmoe.export.parcel import CARD, Contents, contents, left_out, list_files, warnings_of
 
 TIMEOUT_S = 120.0
 """The longest that the Hub may say nothing within one request; its client would wait for ever."""
@@ -82,11 +82,13 @@ def push(
 
     Returns:
         ``repo``, ``revision``, ``dry_run``, ``files`` (path, bytes, sha256 of what is sent), ``bytes``, ``card``
-        (README.md as it is sent, or None), ``warnings``, and after a push ``url``, ``commit``, ``pull_request`` and
+        (README.md as it is sent, or None), ``left_out`` (path and why of what is not sent), ``warnings``,
+        and after a push ``url``, ``commit``, ``pull_request`` and
         ``deleted`` (paths).
 
     Raises:
-        ExportError: the directory holds no whole checkpoint, the name is none, or the Hub refuses.
+        ExportError: the directory holds no whole checkpoint, a file of it is a link or holds what looks like a
+            credential, the name is none, or the Hub refuses.
     """
     path = Path(directory)
     say = progress or (lambda *_: None)
@@ -106,6 +108,7 @@ def push(
         "files": files,
         "bytes": sum(file["bytes"] for file in files),
         "card": _card(parcel),
+        "left_out": left_out(path, parcel),
         "warnings": warnings_of(path),
     }
     if dry_run:

@@ -10,9 +10,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from huggingface_hub import get_token
 
-from modmoe.documents import MOST_YAML_BYTES, parse_yaml, read_text
-from modmoe.errors import ExportError
+import modmoe.adapters
+import modmoe.modeling
+from modmoe.convert.code import own_files
+from modmoe.documents import (
+    MOST_JSON_BYTES,
+    MOST_YAML_BYTES,
+    open_tensors,
+    parse_yaml,
+    read_index,
+    read_object,
+    read_text,
+)
+from modmoe.errors import TOKEN_NAMES, ExportError
+from modmoe.export.credentials import find_credential
+from modmoe.seal import INDEX, MANIFEST, MARK, SEAL, SINGLE
 from modmoe.shards import adder
 
 CARD = "README.md"
@@ -24,9 +38,24 @@ PLACEHOLDER = "PATH_OR_REPO"
 Contents = dict[str, Path | bytes]
 """Name in the repository to the file that is sent as it is, or to what is sent in its place."""
 
-_SUFFIXES = {".json", ".safetensors", ".py", ".md", ".txt", ".model", ".jinja", ".yaml"}
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"})
+_KNOWN = _VOCABULARIES | {
+    CARD,
+    *RECIPES,
+    SINGLE,
+    INDEX,
+    MANIFEST,
+    "adapter_model.safetensors",
+    *("config.json", "generation_config.json", "adapter_config.json", "modmoe_training.json", "modmoe_eval.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+}
+"""Names that a checkpoint's or an adapter's files have, whoever wrote it."""
+_LEGAL = re.compile(r"(?:LICENSE|LICENCE|COPYING|NOTICE|USE_POLICY)(?:[._-][A-Za-z0-9._-]{1,40})?")
+_TEMPLATES = "additional_chat_templates"
+_LARGE = {".safetensors", ".model"}
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
-_PREFIXES = ("LICENSE", "NOTICE")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # what says that a text is a path: it begins at a root, at home, here or above, or has a drive
 _PATH = re.compile(r"(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
@@ -35,29 +64,95 @@ _SETTINGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "gen
 
 
 def contents(directory: Path, repo: str | None = None) -> Contents:
-    """Return what of a checkpoint or adapter is sent, by name.
+    """Return what of a checkpoint or adapter is sent, by name: the files that its format knows, and no other.
 
-    A list of what is wanted rather than of what is not: an optimizer's state or an .env is never sent. An image goes
-    where the card shows it. Recipes are sent as ``public_recipe`` has them, and the card with ``repo`` for its
-    placeholder; the files themselves stay as they are.
+    An image goes where the card shows it. Recipes are sent as ``public_recipe`` has them, and the card with ``repo``
+    for its placeholder; the files themselves stay as they are. Small files are read here, so that what was looked at is
+    what is sent. ``left_out`` tells the rest.
 
-    Raises ExportError where a recipe cannot be read.
+    Raises ExportError where a file of the format is a link, where one of them holds what looks like a credential, or
+    where a recipe cannot be read.
     """
+    names = _names(directory)
     card = directory / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found: Contents = {}
-    for file in sorted(directory.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        wanted = file.suffix in _SUFFIXES or file.name.startswith(_PREFIXES)
-        if wanted or (file.suffix in _IMAGES and f"]({file.name})" in text):
-            found[file.name] = file
+    for name in sorted(names | {file for file in _images(directory) if f"]({file})" in text}):
+        path = directory / name
+        if any(part.is_symlink() for part in (path, *path.parents[: name.count("/")])):
+            raise ExportError(f"{path}: is a link; put the file itself there.")
+        if path.is_file():
+            found[name] = path if path.suffix in _LARGE or name in _VOCABULARIES else path.read_bytes()
     if text and repo is not None:
         found[CARD] = re.sub(rf"\b{PLACEHOLDER}\b", repo, text).encode()
     for name in RECIPES:
         if name in found:
             found[name] = public_recipe(directory / name).encode()
+    _check_credentials(directory, found)
     return found
+
+
+def left_out(directory: Path, parcel: Contents) -> list[dict[str, str]]:
+    """Return ``path`` and ``why`` of what lies in a directory and is not sent, a folder as one."""
+    folders = {name.partition("/")[0] for name in parcel if "/" in name}
+    found = []
+    for file in sorted(directory.iterdir()):
+        if file.name in parcel or file.name in folders or file.name in (SEAL, MARK):
+            continue
+        is_folder = file.is_dir() and not file.is_symlink()
+        kind = "a link" if file.is_symlink() else "a folder" if is_folder else ""
+        found.append({"path": file.name, "why": kind or "no file of a checkpoint's format"})
+    return found
+
+
+def _names(directory: Path) -> set[str]:
+    """Return the names of the files that belong to a checkpoint or an adapter, whether they are there or not."""
+    names = set(_KNOWN)
+    if (directory / INDEX).is_file() and not (directory / INDEX).is_symlink():
+        names |= set(read_index(directory / INDEX).values())
+    config = directory / "config.json"
+    if config.is_file() and not config.is_symlink():
+        names |= set(own_files(read_object(config), directory))
+    for home in (modmoe.modeling, modmoe.adapters):
+        names |= {file.name for file in Path(str(home.__file__)).parent.glob("*.py") if file.name != "__init__.py"}
+    there = [file.name for file in directory.iterdir()]
+    names |= {name for name in there if _LEGAL.fullmatch(name)}
+    if (directory / _TEMPLATES).is_dir() and not (directory / _TEMPLATES).is_symlink():
+        names |= {f"{_TEMPLATES}/{file.name}" for file in (directory / _TEMPLATES).glob("*.jinja")}
+    return {name for name in names if os.path.lexists(directory / name)}
+
+
+def _images(directory: Path) -> list[str]:
+    return [file.name for file in directory.iterdir() if file.suffix in _IMAGES]
+
+
+def _check_credentials(directory: Path, parcel: Contents) -> None:
+    """Raise ExportError with the place and the kind of the first credential in what is to be sent; it is not shown.
+
+    Vocabularies are not looked through, since they hold strings of all kinds, nor are images. Of weights the names and
+    the metadata are.
+    """
+    own = (get_token(), *(os.environ.get(name) for name in TOKEN_NAMES))
+    for name, item in parcel.items():
+        if name in _VOCABULARIES or Path(name).suffix in _IMAGES | {".model"}:
+            continue
+        if isinstance(item, bytes):
+            text = item.decode("utf-8", errors="replace")
+        elif name.endswith(".safetensors"):
+            with open_tensors(item) as opened:
+                text = "\n".join(
+                    [*opened.keys(), *(f"{key}: {value}" for key, value in (opened.metadata() or {}).items())]
+                )
+        else:
+            text = read_text(item, MOST_JSON_BYTES)
+        credential = find_credential(text, own)
+        if credential is not None:
+            line, kind = credential
+            place = f"{directory / name}" if name.endswith(".safetensors") else f"{directory / name}:{line}"
+            raise ExportError(
+                f"{place}: holds what looks like {kind}, which everybody could read; remove it, and make it invalid "
+                "where it has been shown to others."
+            )
 
 
 def list_files(parcel: Contents, report: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:

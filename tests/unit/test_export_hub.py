@@ -65,7 +65,13 @@ def test_a_dry_run_lists_what_would_go_and_asks_nobody(whole, api):
     names = [file["path"] for file in result["files"]]
     shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     expected = ["LICENSE", "README.md", "config.json", *shards, "model.safetensors.index.json", MANIFEST]
-    assert names == sorted([*expected, "tokenizer[1].json"])
+    assert names == sorted(expected)
+    why = "no file of a checkpoint's format"
+    assert result["left_out"] == [
+        {"path": ".env", "why": why},
+        {"path": "checkpoint-5", "why": "a folder"},
+        *({"path": name, "why": why} for name in ("notes.log", "optimizer.pt", "tokenizer[1].json")),
+    ]
     for file in result["files"]:
         data = (whole / file["path"]).read_bytes()
         assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -205,4 +211,4 @@ def test_a_card_gets_its_name_and_brings_its_pictures(whole):
     sent = contents(whole, "me/moe")
     assert b'load("me/moe") not PATH_OR_REPOS' in sent["README.md"]
     assert "experts.png" in sent and "loss.png" not in sent
-    assert contents(whole)["README.md"] == whole / "README.md"
+    assert contents(whole)["README.md"] == (whole / "README.md").read_bytes()

@@ -350,9 +350,9 @@ def test_what_others_commit_meanwhile_stays(client, hub, tied):
     assert [one.status for one in hub.sent("POST", "/commit/")] == [412, 412, 200]
     assert {"theirs1.md", "theirs2.md", "config.json"} <= repository.files().keys()
     hub.fault("POST", "/commit/", times=99, before=others)
-    (tied / "notes.md").write_text("new")
+    (tied / "NOTICE.md").write_text("new")
     assert "(412); push again" in client.refused(tied)
-    (tied / "notes.md").unlink()
+    (tied / "NOTICE.md").unlink()
 
 
 def test_a_hub_that_stored_something_else_is_found_out(client, hub, tied):
