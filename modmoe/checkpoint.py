@@ -373,12 +373,7 @@ def parse_bytes(text: str, place: str) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON with a final newline; what UTF-8 cannot hold is written by its number."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:
-        data = json.dumps(value, indent=2).encode("ascii")
-    path.write_bytes(data + b"\n")
+    path.write_bytes(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -40,7 +40,9 @@ def main() -> int:
         """Stop the command of a number so often as is its share, and say what came of it."""
         figures, draw = Figures(), random.Random(f"{wanted.seed} {names[number]} {action}")
         count = wanted.kills if action == "kill" else wanted.others
-        share = count // len(names) + (number < count % len(names))
+        # a push meets no disk
+        stopped = [name for name in names if name != PUSH or action in SIGNALS]
+        share = count // len(stopped) + (stopped.index(names[number]) < count % len(stopped))
         while figures.counts["stopped"] < share and len(figures.lost) < 10:
             stop(draw, figures)
         if share:
