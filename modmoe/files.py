@@ -52,6 +52,10 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
     if not text.strip():
         raise RecipeError(f"{text!r}: is not a name; choose one.")
     try:
+        os.getcwd()
+    except OSError:
+        raise RecipeError(f"{text}: the working directory is gone; change to one that is there.") from None
+    try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(text)
         target = target_of(text)

@@ -277,6 +277,12 @@ def test_a_place_that_cannot_be_is_one_line(room: Path, where: str) -> None:
     assert tree(room) == before
 
 
+def test_a_working_directory_that_is_gone_is_one_line(room: Path) -> None:
+    (room / "here").rmdir()
+    with pytest.raises(RecipeError, match="the working directory is gone; change to one that is there"):
+        check_places("out", overwrite=False, inputs={})
+
+
 def special(room: Path) -> Path:
     os.mkfifo(room / "pipe")
     return room / "pipe"
