@@ -293,7 +293,7 @@ def test_what_the_fresh_process_says_becomes_one_line(mistral, tmp_path, monkeyp
             "Traceback...\n  File x\nImportError: 'modmoe' is imported where only own code may run\n",
         )
 
-    monkeypatch.setattr(verify.subprocess, "run", lambda *_, **__: Done)
+    monkeypatch.setattr(verify, "_run_child", lambda *_, **__: Done)
     with pytest.raises(ExportError) as caught:
         export(str(mistral), str(tmp_path / "out"), form="dense", expert="code")
     assert "does not reload" in str(caught.value) and "\n" not in str(caught.value)
