@@ -219,6 +219,8 @@ def _check_shapes(path: str | Path, layer: int, profile: ActivationProfile) -> N
     }
     for field, shape in expected.items():
         tensor = getattr(profile, field)
+        if tensor is not None and not (tensor.is_floating_point() or tensor.dtype == torch.int64):
+            raise CheckpointError(f"{path}: layers.{layer}.{field} is of {tensor.dtype}; run the analysis again.")
         if tensor is not None and (tuple(tensor.shape) != shape or not bool(torch.isfinite(tensor).all())):
             raise CheckpointError(
                 f"{path}: layers.{layer}.{field} is {tuple(tensor.shape)} where {shape} finite numbers belong; run the "
