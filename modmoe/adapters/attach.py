@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from modmoe.modeling.generation_modmoe import read_no_prompts, read_prompts
+
 from .base import RoutedAdapter
 from .passes import Context, Frame, LayerHook, first_tensor
 from .targets import find_base_router, find_targets, layer_number, layer_path, measure
@@ -31,8 +33,8 @@ class Site(nn.Module):
         self.adapter_class, self.path, self.context = adapter_class, path, context
         self.layer = layer_number(path)
         self.container = f"modmoe_{adapter_class.method}"
+        self._key = f"{path} {self.container}"
         self.add_module(self.container, nn.ModuleDict())
-        self._before: list[Tensor] = []
         self._handles: list[Any] = []
         self.install(target)
 
@@ -94,7 +96,7 @@ class Site(nn.Module):
         x = first_tensor(args, kwargs)
         assert x is not None
         jitters = module.training and getattr(module, "jitter_noise", 0.0) > 0
-        self._before.append(x.clone() if jitters and self.active() else x)
+        self.context.between[self._key] = x.clone() if jitters and self.active() else x
 
     def routed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Keep what the base model's router chose: its weights and its experts, each [T, K]."""
@@ -104,7 +106,7 @@ class Site(nn.Module):
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Add the active adapters' deltas to the layer's output."""
         is_block = self.adapter_class.kind == "block"
-        x = self._before.pop() if is_block else None
+        x = self.context.between.pop(self._key) if is_block else None
         adapters = self.active()
         if not adapters:
             return output
@@ -189,6 +191,9 @@ def add_adapter(site: Site, model: nn.Module, path: str, settings: Any, name: st
     if weight is not None and not made.is_meta and not weight.is_meta:
         adapter.to(weight.device)
     site.adapters[name] = adapter
+    if adapter.reads_sequences:
+        site.context.reads_sequences = True
+        read_prompts(model)
     shared = site.adapter_class.shared_shapes(settings, shape)
     if shared:
         adapter.shared = [
@@ -223,6 +228,7 @@ def detach(model: nn.Module) -> None:
     for handle in getattr(model, f"{CONTEXT}_handles", {}).values():
         for one in handle:
             one.remove()
+    read_no_prompts(model)
     for name in (CONTEXT, f"{CONTEXT}_handles"):
         if hasattr(model, name):
             delattr(model, name)
@@ -240,7 +246,8 @@ def context_of(model: nn.Module, path: str | None = None) -> Context:
             {
                 "": [
                     model.register_forward_pre_hook(context.begin_model, with_kwargs=True),
-                    backbone.register_forward_pre_hook(context.begin_pass, with_kwargs=True),
+                    # before a tied model's own, which takes out what both read
+                    backbone.register_forward_pre_hook(context.begin_pass, prepend=True, with_kwargs=True),
                     backbone.register_forward_hook(context.end_pass, with_kwargs=True),
                 ]
             },

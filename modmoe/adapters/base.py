@@ -124,6 +124,11 @@ class RoutedAdapter(nn.Module):
         raise NotImplementedError
 
     @property
+    def reads_sequences(self) -> bool:
+        """Whether its router reads what a sequence said before, which is kept with the cache."""
+        return False
+
+    @property
     def fold_kind(self) -> Fold:
         """How this adapter, as it is set up, folds into the base weights."""
         return self.fold

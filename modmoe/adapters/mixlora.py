@@ -226,9 +226,7 @@ class FFNHooks:
     def __init__(self, site: Any, ffn: nn.Module) -> None:
         """Serve the adapters of ``site``."""
         self.site, self.ffn = site, ffn
-        self._gate: tuple[Tensor, Tensor] | None = None  # input and output
-        self._up: Tensor | None = None
-        self._behind: Tensor | None = None
+        self.gate, self.up, self.behind = (f"{site.path} mixlora {name}" for name in ("gate", "up", "behind"))
 
     def register(self) -> list[Any]:
         """Put the hooks on the FFN's projections and return their handles."""
@@ -243,12 +241,12 @@ class FFNHooks:
     def after_gate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Keep the FFN's input and its gate."""
         if self.site.active():
-            self._gate = cast(Tensor, first_tensor(args, kwargs)), output
+            self.site.context.between[self.gate] = cast(Tensor, first_tensor(args, kwargs)), output
 
     def after_up(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep up."""
         if self.site.active():
-            self._up = output
+            self.site.context.between[self.up] = output
 
     def before_down(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Add the experts' change to what enters ``down``."""
@@ -257,20 +255,20 @@ class FFNHooks:
             return None
         if len(adapters) > 1:
             raise ValueError(f"{self.site.path}: several mixlora adapters are active; choose one.")
-        if self._gate is None or self._up is None:
+        between = self.site.context.between
+        if self.gate not in between or self.up not in between:
             raise RuntimeError(
                 f"{self.site.path}: {FFN}.gate_proj or up_proj was replaced since mixlora was attached; attach it last."
             )
-        given = (*self._gate, self._up)
-        self._gate = self._up = None
+        given = (*between.pop(self.gate), between.pop(self.up))
         dtype = next(adapters[0].parameters()).dtype
         x_TD, gate_TF, up_TF = (value.reshape(-1, value.shape[-1]).to(dtype) for value in given)
-        before_TF, self._behind = adapters[0].mix(x_TD, gate_TF, up_TF, self.ffn.act_fn, self.site.frame())
+        before_TF, between[self.behind] = adapters[0].mix(x_TD, gate_TF, up_TF, self.ffn.act_fn, self.site.frame())
         return args[0] + before_TF.to(args[0].dtype).view_as(args[0]), *args[1:]
 
     def after_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the experts' LoRAs of ``down``."""
-        behind_TD, self._behind = self._behind, None
+        behind_TD = self.site.context.between.pop(self.behind, None)
         return output if behind_TD is None else output + behind_TD.to(output.dtype).view_as(output)
 
 

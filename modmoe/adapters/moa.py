@@ -226,6 +226,12 @@ class SoftMoA(MoA):
         _check_choice("routing", settings.routing, ("token", "instance"))
         _check_whole("routing_chunk", settings.routing_chunk, 1)
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether weights are of an instance."""
+        routing: str = self.settings.routing
+        return routing == "instance"
+
     def read(self, x_BTD: Tensor, frame: Frame) -> Tensor:
         """Return each token, or the mean that its instance is weighted by."""
         if self.settings.routing == "token":

@@ -1,15 +1,18 @@
 """What the adapters of one model share while it runs: whose tokens count, what was decided, which routes were taken.
 
-A pass is one forward run of the model, a frame is one decoder layer in it. Under gradient checkpointing a layer runs
-again in the backward pass; its frame is found again by the tensor that entered it, so that what was decided the first
-time is decided the second time too, whatever else has run in between, and no route is counted twice.
+A pass is one forward run of the model, a frame is one decoder layer in it. Each thread has passes of its own, so that
+calls at the same time know nothing of each other. Under gradient checkpointing a layer runs again in the backward pass,
+which may be in another thread; its frame is found again by the tensor that entered it, so that what was decided the
+first time is decided the second time too, whatever else has run in between, and no route is counted twice.
 """
 
 # Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, E experts
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from modmoe.modeling.sequences_modmoe import find_valid, read_call
 
 from .losses import Route, total_loss
 
@@ -33,14 +38,19 @@ class Pass:
     """Position of each token in its document, where the caller gave it."""
     answer_BT: Tensor | None = None
     """True at tokens that are learned, where the caller gave labels."""
-    prompt_tokens: int = 0
-    """Leading tokens that are the prompt of a generation."""
+    prompt_tokens: int | Tensor = 0
+    """Leading tokens that are the prompt of a generation, or which tokens are, [B, T]; 0 where none is marked."""
     memory: dict[Any, Any] | None = None
-    """What lives as long as the cache, by layer."""
+    """What lives as long as the cache, by adapter."""
     routes: list[Route] = field(default_factory=list)
     """What the routers of this pass decided, in order; without gradient once the pass is over."""
     trained: set[str] = field(default_factory=set)
     """Sites whose routers are trained."""
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether a prompt is marked in this pass."""
+        return isinstance(self.prompt_tokens, Tensor) or self.prompt_tokens > 0
 
 
 @dataclass
@@ -86,12 +96,28 @@ class Frame:
         return x_BTD
 
 
+class _Thread(threading.local):
+    """What one model runs in a thread."""
+
+    def __init__(self) -> None:
+        """Begin with no pass, in each thread that asks."""
+        self.run = Pass()
+        self.loss: Tensor | None = None
+        self.answer_BT: Tensor | None = None
+        self.frames: dict[int, Frame] = {}
+        self.last: Frame | None = None
+        self.between: dict[str, Any] = {}
+
+
+_KEPT = threading.Lock()
+"""Held while frames are put away for the backward pass, which any thread may look for."""
+
+
 class Context:
     """Follows the passes of one model; made once a model by ``context_of``, and copied with it."""
 
     def __init__(self) -> None:
         """Begin with no pass."""
-        self.run = Pass()
         self.loss_scope = "layer"
         """layer: the mean of the layers' losses. all: one loss over the tokens of all layers, as in transformers."""
         self.counts = "tokens"
@@ -100,24 +126,42 @@ class Context:
         """Factors of further losses of LOSSES, for every router."""
         self.loss_factor = 1.0
         """What the losses are multiplied by: one over the number of passes whose gradients a trainer adds up."""
-        self.loss: Tensor | None = None
-        """The routers' loss in the last pass, detached; None where no router learned."""
+        self.reads_sequences = False
+        """Whether an adapter is weighted by what the sequence said before, which is kept with the cache."""
         self._parameters: list[str] = []
-        self._answer_BT: Tensor | None = None
-        self._frames: dict[int, Frame] = {}
-        self._last: Frame | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._here = _Thread()
         self._kept: dict[int, list[tuple[Any, Frame]]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Context:
-        """Return a context of the same settings; a pass under way belongs to the original."""
-        new = memo[id(self)] = Context()
-        new.loss_scope, new.counts, new._parameters = self.loss_scope, self.counts, list(self._parameters)
-        new.more_losses, new.loss_factor = dict(self.more_losses), self.loss_factor
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings: a pass under way belongs to the original, not to a copy."""
+        return {name: copy.copy(value) for name, value in self.__dict__.items() if name not in ("_here", "_kept")}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """Take over the settings."""
+        self.__dict__.update(values)
+        self._begin()
+
+    @property
+    def run(self) -> Pass:
+        """This thread's pass, the last one if none is under way."""
+        return self._here.run
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The routers' loss in this thread's last pass, detached; None where no router learned."""
+        return self._here.loss
+
+    @property
+    def between(self) -> dict[str, Any]:
+        """What a site's hooks of this thread's pass keep for those behind them, by a name that has the site's path."""
+        return self._here.between
 
     def frame(self, layer: int | None) -> Frame:
         """Return the frame under way in a layer; a new one where the site lies in no layer."""
-        found = None if layer is None else self._frames.get(layer)
+        found = None if layer is None else self._here.frames.get(layer)
         return found if found is not None else Frame(layer, self.run)
 
     def begin_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,47 +172,37 @@ class Context:
 
     def mark_answers(self, labels_BT: Tensor) -> None:
         """Note the labels of the pass to come, -100 where nothing is learned, for whoever computes the loss itself."""
-        self._answer_BT = labels_BT != -100
+        self._here.answer_BT = labels_BT != -100
 
     def begin_pass(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a pass; a forward pre-hook of the backbone, since some trainers call it without its head.
 
-        A cache that is handed in empty marks a prefill: what comes with it is the prompt. The keyword
-        ``routing_prompt`` marks it elsewhere, and is taken out.
+        The keyword ``routing_prompt`` marks a prompt, and is taken out unless the backbone has a use for it too.
         """
         if not self._parameters:
             self._parameters = list(inspect.signature(type(backbone).forward).parameters)[1:]
-        prompt = kwargs.pop("routing_prompt", None)
+        has_own = hasattr(backbone, "routing_state")
+        prompt = kwargs.get("routing_prompt") if has_own else kwargs.pop("routing_prompt", None)
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given.get("input_ids")
-        run = Pass()
+        run, here = Pass(), self._here
         if isinstance(tokens, Tensor):
             run.shape = (tokens.shape[0], tokens.shape[1])
-            mask = given.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.dim() == 2:
-                run.valid_BT = mask[:, -tokens.shape[1] :].bool()
-            run.position_BT = given.get("position_ids")
-            if self._answer_BT is not None and self._answer_BT.shape == run.shape:
-                run.answer_BT = self._answer_BT
-            cache = given.get("past_key_values")
-            if cache is not None and hasattr(cache, "get_seq_length"):
-                if cache.get_seq_length() == 0:
-                    cache.modmoe_adapters = {}
-                    run.prompt_tokens = tokens.shape[1]
-                run.memory = getattr(cache, "modmoe_adapters", None)
-            if prompt is not None:
-                run.prompt_tokens = min(int(prompt), tokens.shape[1])
-        self._answer_BT = None
-        self.run = run
-        self._frames = {}
+            run.valid_BT = find_valid(given.get("attention_mask"), given.get("past_key_values"), run.shape)
+            if here.answer_BT is not None and here.answer_BT.shape == run.shape:
+                run.answer_BT = here.answer_BT
+            if self.reads_sequences:
+                read_call(run, backbone, given, kwargs, prompt)
+        here.run, here.answer_BT, here.frames, here.between = run, None, {}, {}
         return args, kwargs
 
     def enter_layer(self, layer: int, x_BTD: Tensor, *, keep: bool) -> None:
         """Begin a layer's frame; ``keep`` it for a second run in the backward pass."""
         frame = Frame(layer, self.run, weakref.ref(x_BTD))
-        self._begin(layer, frame)  # first, so that what only the values of an old frame hold is let go
-        kept = [(ref, old) for ref, old in self._kept.get(layer, []) if ref() is not None]
-        self._kept[layer] = [*kept, (frame.entered, frame)] if keep else kept
+        self._begin_layer(layer, frame)  # first, so that what only the values of an old frame hold is let go
+        with _KEPT:
+            kept = [(ref, old) for ref, old in self._kept.get(layer, []) if ref() is not None]
+            self._kept[layer] = [*kept, (frame.entered, frame)] if keep else kept
 
     def enter_again(self, layer: int, x_BTD: Tensor) -> None:
         """Go back to the frame that ``x_BTD`` entered in its first run, where this is the backward pass."""
@@ -179,19 +213,21 @@ class Context:
             # checkpointing of the older kind runs on a detached tensor of the same memory
             if first is not None and (first is x_BTD or first.data_ptr() == x_BTD.data_ptr()):
                 frame.values, frame.is_replay, frame.entered = {}, True, weakref.ref(x_BTD)
-                self._begin(layer, frame)
+                self._begin_layer(layer, frame)
                 return
 
-    def _begin(self, layer: int, frame: Frame) -> None:
-        if self._last is not None and self._last is not frame:
-            self._last.values = {}  # they may hold a graph
-        self._frames[layer] = self._last = frame
+    def _begin_layer(self, layer: int, frame: Frame) -> None:
+        here = self._here
+        if here.last is not None and here.last is not frame:
+            here.last.values = {}  # they may hold a graph
+        here.frames[layer] = here.last = frame
 
     def end_pass(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hang the routers' losses on the backbone's output, so that whatever trains it minimises them too."""
-        self.loss, loss = None, None
+        here, loss = self._here, None
+        here.loss = None
         if torch.is_grad_enabled():
-            trained = [route for route in self.run.routes if route.site in self.run.trained]
+            trained = [route for route in here.run.routes if route.site in here.run.trained]
             wanted = any(self.more_losses.values())
             if any((route.has_loss or wanted) and route.lost for route in trained):
                 raise ValueError(
@@ -200,10 +236,10 @@ class Context:
                 )
             loss = total_loss(trained, self.counted(), scope=self.loss_scope, more=self.more_losses)
         # they would keep the graph, and with it what entered the layers, until the next pass
-        self.run.routes = [route.detached() for route in self.run.routes]
+        here.run.routes = [route.detached() for route in here.run.routes]
         if loss is None:
             return output
-        self.loss = loss.detach()
+        here.loss = loss.detach()
         loss = self.loss_factor * loss
         if isinstance(output, Tensor):
             return _with_loss(output, loss)

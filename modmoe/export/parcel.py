@@ -53,6 +53,7 @@ _KNOWN = _VOCABULARIES | {
 }
 """Names that a checkpoint's or an adapter's files have, whoever wrote it."""
 _LEGAL = re.compile(r"(?:LICENSE|LICENCE|COPYING|NOTICE|USE_POLICY)(?:[._-][A-Za-z0-9._-]{1,40})?")
+_MOST_TEXT_BYTES = 16 << 20
 _TEMPLATES = "additional_chat_templates"
 _LARGE = {".safetensors", ".model"}
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -82,7 +83,8 @@ def contents(directory: Path, repo: str | None = None) -> Contents:
         if any(part.is_symlink() for part in (path, *path.parents[: name.count("/")])):
             raise ExportError(f"{path}: is a link; put the file itself there.")
         if path.is_file():
-            found[name] = path if path.suffix in _LARGE or name in _VOCABULARIES else path.read_bytes()
+            is_large = path.suffix in _LARGE | _IMAGES or name in _VOCABULARIES
+            found[name] = path if is_large else _read(path)
     if text and repo is not None:
         found[CARD] = re.sub(rf"\b{PLACEHOLDER}\b", repo, text).encode()
     for name in RECIPES:
@@ -90,6 +92,14 @@ def contents(directory: Path, repo: str | None = None) -> Contents:
             found[name] = public_recipe(directory / name).encode()
     _check_credentials(directory, found)
     return found
+
+
+def _read(path: Path) -> bytes:
+    most_bytes = MOST_JSON_BYTES if path.suffix == ".json" else _MOST_TEXT_BYTES
+    size_bytes = path.stat().st_size
+    if size_bytes > most_bytes:
+        raise ExportError(f"{path}: has {size_bytes:,} bytes, over {most_bytes:,} of such a file; take it away.")
+    return path.read_bytes()
 
 
 def left_out(directory: Path, parcel: Contents) -> list[dict[str, str]]:

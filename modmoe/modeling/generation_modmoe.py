@@ -1,4 +1,7 @@
-"""Generation with a model routed by sequence: what its routers are told of the prompt; see ``sequences_modmoe``."""
+"""Generation with a model routed by sequence: what its routers are told of the prompt; see ``sequences_modmoe``.
+
+Routed by sequence is a model whose FFNs are, or to which an adapter is attached that is weighted by sequence.
+"""
 
 # Shapes: B batch, T tokens of this pass
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +19,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 LOG = logging.get_logger(__name__)
+BY_SEQUENCE = "modmoe_by_sequence"
+"""Attribute of a causal LM with adapters that are weighted by sequence."""
 
 
 class _Generation(threading.local):
@@ -35,7 +41,7 @@ def methods_over(base: Any) -> dict[str, Callable[..., Any]]:
         self: Any, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         before = _GENERATION.prompt
-        if self.config.routing == "sequence":
+        if is_by_sequence(self):
             _GENERATION.prompt = _begin_prompt(self, inputs, generation_config, kwargs)
         try:
             return base.generate(self, inputs, generation_config, *args, **kwargs)
@@ -44,7 +50,7 @@ def methods_over(base: Any) -> dict[str, Callable[..., Any]]:
 
     @functools.wraps(base._prefill)
     def _prefill(self: Any, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config.routing == "sequence" and generation_config.prefill_chunk_size is not None:
+        if is_by_sequence(self) and generation_config.prefill_chunk_size is not None:
             LOG.warning_once(
                 "prefill_chunk_size: a model routed by sequence reads its prompt in one piece, since its routers read "
                 "all of it before they choose for the first token."
@@ -61,6 +67,27 @@ def methods_over(base: Any) -> dict[str, Callable[..., Any]]:
 
     found = (generate, _prefill, prepare_inputs_for_generation)
     return {method.__name__: method for method in found}
+
+
+def is_by_sequence(model: Any) -> bool:
+    """Return whether a causal LM has routers that read a prompt before they choose."""
+    return getattr(model.config, "routing", None) == "sequence" or getattr(model, BY_SEQUENCE, False)
+
+
+def read_prompts(model: Any) -> None:
+    """Have a causal LM of any class say what the prompt is, for adapters that are weighted by it."""
+    is_known = hasattr(model, BY_SEQUENCE)
+    setattr(model, BY_SEQUENCE, True)
+    if is_known or hasattr(model, "routing_state") or not hasattr(model, "generate"):
+        return
+    for name, method in methods_over(type(model)).items():
+        setattr(model, name, types.MethodType(method, model))
+
+
+def read_no_prompts(model: Any) -> None:
+    """Undo ``read_prompts``."""
+    for name in (BY_SEQUENCE, "generate", "_prefill", "prepare_inputs_for_generation"):
+        model.__dict__.pop(name, None)
 
 
 def _begin_prompt(
@@ -102,7 +129,7 @@ def _mark_tokens(model: Any, inputs: dict[str, Any], input_ids: Tensor, kwargs: 
         # a loop of the caller's own
         prompt, before = input_ids.shape[1] if kwargs.get("is_first_iteration", False) else None, 0
     begin = input_ids.shape[1] + before - length
-    if model.config.routing == "sequence" and prompt is not None and begin < prompt:
+    if is_by_sequence(model) and prompt is not None and begin < prompt:
         prompt_BT = (torch.arange(begin, begin + length, device=tokens.device) < prompt).expand(tokens.shape[0], -1)
         # the mask of keys: what the model is given may be another, or none
         mask = kwargs.get("attention_mask")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -23,7 +22,7 @@ from .configuration_modmoe import config_class
 from .generation_modmoe import methods_over
 from .modular_ffn import ModularFFN
 from .routing_modmoe import Recording, RoutingState, begin_pass, check_expert_ids, end_pass, in_this_pass, run_of
-from .sequences_modmoe import check_prompt, find_valid, follow_cache
+from .sequences_modmoe import read_call
 
 WAYS = ("auto", "masked", "runs", "gather")
 """The ways of computing FFNs that ``set_ffn_way`` takes."""
@@ -170,22 +169,8 @@ def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         run.logits = {} if run.logits is None else run.logits
     if expert_ids is not None:
         run.expert_ids_N = check_expert_ids(expert_ids, run.shape, config.num_experts)
-    if config.routing != "sequence":
-        return args, kwargs
-    cache: Any = given.get("past_key_values")
-    use_cache = given.get("use_cache")
-    use_cache = config.use_cache if use_cache is None else use_cache
-    is_recomputed = backbone.training and getattr(backbone, "is_gradient_checkpointing", False)
-    if cache is None and use_cache and not backbone.training:
-        # made here rather than in the dense model, since what the router keeps goes with it
-        cache = kwargs["past_key_values"] = DynamicCache(config=config)
-    run.prompt_tokens = check_prompt(prompt, run.shape)
-    run.valid_BT = find_valid(given.get("attention_mask"), cache, run.shape)
-    run.position_BT = given.get("position_ids")
-    if hasattr(cache, "get_seq_length") and not is_recomputed:
-        run.memory = follow_cache(cache, is_marked=run.is_marked)
-        if run.is_marked and not torch.compiler.is_compiling() and not getattr(cache, "is_compileable", False):
-            cache.modmoe_prompt = (cache.get_seq_length(), run.prompt_tokens)
+    if config.routing == "sequence":
+        read_call(run, backbone, given, kwargs, prompt)
     return args, kwargs
 
 

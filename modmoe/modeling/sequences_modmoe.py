@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 
 @dataclass
@@ -165,6 +166,33 @@ def find_valid(mask: Any, cache: Any, shape: tuple[int, int]) -> Tensor | None:
     own_BT = mask[:, 0].gather(-1, last_T[None, :, None].expand(mask.shape[0], -1, 1)).squeeze(-1)
     valid_BT = own_BT if own_BT.dtype == torch.bool else own_BT > torch.finfo(own_BT.dtype).min / 2
     return valid_BT.expand(batch, -1)
+
+
+def read_call(run: Any, backbone: Any, given: dict[str, Any], kwargs: dict[str, Any], prompt: Any) -> None:
+    """Note in a pass what a call of the backbone says of its sequences, and begin or go on with what its cache keeps.
+
+    Args:
+        run: the pass; its ``shape`` is read, and ``prompt_tokens``, by which it knows whether it ``is_marked``,
+            ``valid_BT``, ``position_BT`` and ``memory`` are set.
+        backbone: the model without its head.
+        given: what it was called with, by name.
+        kwargs: its keywords, to which a cache is added where it would make one itself.
+        prompt: what ``routing_prompt`` marks.
+    """
+    cache: Any = given.get("past_key_values")
+    use_cache = given.get("use_cache")
+    use_cache = backbone.config.use_cache if use_cache is None else use_cache
+    is_recomputed = backbone.training and getattr(backbone, "is_gradient_checkpointing", False)
+    if cache is None and use_cache and not backbone.training:
+        # made here rather than in the dense model, since what the router keeps goes with it
+        cache = kwargs["past_key_values"] = DynamicCache(config=backbone.config)
+    run.prompt_tokens = check_prompt(prompt, run.shape)
+    run.valid_BT = find_valid(given.get("attention_mask"), cache, run.shape)
+    run.position_BT = given.get("position_ids")
+    if hasattr(cache, "get_seq_length") and not is_recomputed:
+        run.memory = follow_cache(cache, is_marked=run.is_marked)
+        if run.is_marked and not torch.compiler.is_compiling() and not getattr(cache, "is_compileable", False):
+            cache.modmoe_prompt = (cache.get_seq_length(), run.prompt_tokens)
 
 
 def sequence_features(run: Any, layer: Any, x: Tensor, chunk: int) -> Tensor:

@@ -29,6 +29,7 @@ from tests import adapted, tiny
 from tests.export_models import write_tied
 
 CONTRACT = {"attach.py", "base.py", "losses.py", "passes.py", "routing.py", "targets.py", CONFIGURATION, MODELING}
+CONTRACT |= {"generation_modmoe.py", "sequences_modmoe.py"}  # what a call says of its prompt
 TIED_CASES = [*adapted.ONE_EACH, ("comol", "mixtral"), ("expert_lora", "mixtral"), ("perft_r", "qwen3_moe")]
 
 

@@ -292,7 +292,7 @@ def test_checkpointing_gives_equal_gradients(name: str, case: str, reentrant: bo
 def test_frames_keep_no_activations(case: str) -> None:
     model = made("qwen3", case)
     model(token_ids(2, 13))
-    for frame in getattr(model, CONTEXT)._frames.values():
+    for frame in getattr(model, CONTEXT)._here.frames.values():
         # the weights alone, so that checkpointing saves memory
         kept = [value for value in frame.values.values() if isinstance(value, Tensor)]
         assert {tuple(value.shape) for value in kept} <= {(26, len(adapters_of(model)[0].types))}

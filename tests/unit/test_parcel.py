@@ -107,6 +107,22 @@ def test_what_is_no_credential_stops_nothing(text: str) -> None:
     assert find_credential(text) is None
 
 
+@pytest.mark.parametrize("piece", ["sk-", "password=", "eyJ-", "://a", "machine a ", "A "])
+def test_a_long_line_is_looked_through_in_one_go(piece: str) -> None:
+    """A pattern that looks ahead to the end of the line from each piece would take minutes."""
+    line = piece * (200_000 // len(piece))
+    assert find_credential(line) is None
+    assert find_credential(f"{line} {SECRETS['a key of AWS']}") == (1, "a key of AWS")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt"])
+def test_a_text_too_large_to_look_through_is_refused(model: Path, name: str) -> None:
+    with (model / name).open("wb") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(ExportError, match=rf"{name}: has 314,572,800 bytes, over 16,777,216 .* take it away"):
+        hub.push(str(model), "me/moe", dry_run=True)
+
+
 def test_a_vocabulary_may_hold_any_string(model: Path) -> None:
     path = model / "tokenizer.json"
     vocabulary = json.loads(path.read_text())
