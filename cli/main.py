@@ -32,7 +32,16 @@ from modmoe.cli import (
 from modmoe.cli.console import StoppedError, is_first_process
 from modmoe.cli.stops import INTERRUPTED, Stops, stoppable
 from modmoe.cli.streams import ReaderGoneError, StdoutError, end_streams, open_missing, plain_streams
-from modmoe.errors import ModmoeError, RankError, disk_error, hide_secrets, input_error, is_failure, visible
+from modmoe.errors import (
+    ModmoeError,
+    RankError,
+    RecipeError,
+    disk_error,
+    hide_secrets,
+    input_error,
+    is_failure,
+    visible,
+)
 
 app = typer.Typer(
     name="modmoe",
@@ -86,6 +95,11 @@ def root(
     ] = False,
 ) -> None:
     """Dense language models become parameter-sharing mixtures of experts."""
+    try:
+        os.getcwd()
+    except OSError:
+        # torch ends the process where it is loaded
+        raise RecipeError("the working directory is gone; change to one that is there.") from None
     if context.invoked_subcommand is None:
         print(context.get_help())
     elif context.invoked_subcommand not in _SHARED and not is_first_process():
@@ -122,6 +136,8 @@ def _run(arguments: Sequence[str] | None, stops: Stops) -> int:
         sys.stdout.flush()
         return _say_stopped(stops) if code == INTERRUPTED else code if isinstance(code, int) else 0
     except ModmoeError as error:
+        if stops.is_asked:
+            return _say_stopped(stops)
         # what one process fails of, all are told, and the first says it; one that lost the others speaks for itself
         return _fail(f"{error}{_notes(error)}", is_own=isinstance(error, RankError))
     except StoppedError as stop:
@@ -135,6 +151,8 @@ def _run(arguments: Sequence[str] | None, stops: Stops) -> int:
     except BaseException as error:
         if not is_failure(error):
             raise
+        if stops.is_asked:
+            return _say_stopped(stops)
         if isinstance(error, _ClickException):
             return _fail_usage(error)
         # what a full disk, a protected directory or a stranger's file raises is no bug of ours

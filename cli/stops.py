@@ -24,6 +24,11 @@ class Stops:
         self.code = INTERRUPTED
         self._first_s: float | None = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal came: libraries make other errors of it, as those do that are loaded when it comes."""
+        return self._first_s is not None
+
     def take(self, number: int, _: Any) -> None:
         """Handle a signal."""
         now_s = time.monotonic()

@@ -16,6 +16,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import types
+import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,7 @@ from modmoe.checkpoint import Checkpoint, resolve_source
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.families import Family, family_of, layers_of, neurons_of
 from modmoe.ffn import check_ffns
+from modmoe.modeling.configuration_modmoe import ModularFields
 from modmoe.recipe import Recipe
 
 MOST_SUBSETS = 20_000
@@ -180,10 +183,26 @@ def stored_of(config: Mapping[str, Any]) -> list[int]:
     for key in ("num_modules", "module_size", "num_experts", "num_experts_per_tok", "dense_intermediate_size"):
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise CheckpointError(f"config.json: {key} is {config.get(key)!r}; it must be a positive number.")
-    stored = config.get("stored_modules")
-    if not isinstance(stored, list) or not all(isinstance(item, int) for item in stored):
-        raise CheckpointError(f"config.json: stored_modules is {stored!r}; it must list the modules of each layer.")
+    if "stored_modules" not in config:
+        raise CheckpointError("config.json: stored_modules is missing; it must list the modules of each layer.")
+    for key, kind in typing.get_type_hints(ModularFields).items():
+        if key in config and not _is_of(config[key], kind):
+            named = kind.__name__ if kind in (int, float, bool, str) else str(kind).replace("typing.", "")
+            raise CheckpointError(f"config.json: {key} is {config[key]!r:.60}; it must be of the type {named}.")
+    stored: list[int] = config["stored_modules"]
     return stored
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value of a JSON file is of a type, as that of a field of ``ModularFields``."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, one) for one in kind.__args__)
+    whole = typing.get_origin(kind) or kind
+    if whole is float:
+        whole = int | float
+    if not isinstance(value, whole) or (isinstance(value, bool) and kind is not bool):
+        return False
+    return not isinstance(value, list) or all(_is_of(item, kind.__args__[0]) for item in value)
 
 
 def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int]]]) -> list[LayerCounts]:

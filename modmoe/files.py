@@ -20,7 +20,7 @@ _MOST_NAME_BYTES = 255
 _MOST_PAGE_BYTES = 1 << 30
 _TEMPORARY = ".{}.tmp."
 """What stands around a file's name until it is whole; eight characters of it are drawn."""
-_PAGE = re.compile(rb"\n<!-- written by modmoe, sha256 ([0-9a-f]{64}) -->\n$")
+_PAGE = re.compile(rb"\n<!-- written by modmoe, sha256 ([0-9a-f]{64}) -->\n\Z")
 
 
 def place_of(path: str | Path) -> Path:
@@ -141,6 +141,9 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
     """
     start = f"{flag}: " if flag else ""
     try:
+        # first, since what a process has opened may be a name that leads nowhere, as /dev/stdout in a pipe
+        if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+            raise RecipeError(f"{file}: is {kind_of(Path(file))}; name a file that does not exist yet.")
         check_name(file, longest=_TEMPORARY.format("." * 8))
     except RecipeError as error:
         raise RecipeError(f"{start}{error}") from None

@@ -39,7 +39,7 @@ from modmoe.errors import (
     reason_of,
 )
 from modmoe.implied import check_implied
-from modmoe.kinds.check import check_rows, check_vocabulary
+from modmoe.kinds.check import check_kind, check_rows, check_vocabulary
 from modmoe.kinds.forms import find_form, has_weights
 from modmoe.kinds.headers import read_headers
 from modmoe.kinds.tokens import EMBEDDINGS, count_rows
@@ -132,7 +132,7 @@ def load(
         raise CheckpointError(f"{directory}: holds a model and {ADAPTER_CONFIG}; take away the one that is not meant.")
     empty = skeleton(directory, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-    with _transformers(directory, "load it"):
+    with _transformers(directory, "load the model"):
         kind: Any = type(empty)
         model, info = kind.from_pretrained(directory, config=deepcopy(empty.config), **options)
         missing = sorted(info["missing_keys"])
@@ -144,6 +144,9 @@ def load(
         if where.type == "cpu" and not str(checkpoint.config.get("model_type")).startswith(TIED_PREFIX):
             # transformers' own choice is for GPUs; here it refuses many widths of experts
             model.set_experts_implementation("eager")
+    if str(checkpoint.config.get("model_type")).startswith(TIED_PREFIX) and not is_adapted(directory):
+        # save_pretrained writes this package's code too, as it does where the model was loaded with the code beside it
+        type(model).register_for_auto_class("AutoModelForCausalLM")
     loaded: PreTrainedModel = model.eval().to(where)
     return loaded
 
@@ -156,17 +159,41 @@ def _transformers(directory: Path, doing: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, ModmoeError) or is_out_of_memory(error) or not is_failure(error):
             raise
-        raise CheckpointError(f"{directory}: transformers cannot {doing}: {reason_of(error, 300)}.") from error
+        reason = reason_of(error, 300)
+        named = _named_in(reason, read_config(directory))
+        why = f"it does not know {named}" if named else reason
+        raise CheckpointError(
+            f"{directory}/config.json: transformers cannot {doing}: {why}; restore it there."
+        ) from error
+
+
+def _named_in(reason: str, config: dict[str, Any]) -> str:
+    """Return the key and the value of a configuration's text that an error consists of, or nothing."""
+    # of a key that is looked up it says nothing else, of an attribute of torch a little more
+    word = re.fullmatch(r"(?:module 'torch' has no attribute )?'([^']+)'", reason)
+    waiting = [("", config)]
+    while word and waiting:
+        place, values = waiting.pop()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                waiting.append((f"{place}{key}.", value))
+            elif value == word[1]:
+                return f"{place}{key} {value!r}"
+    return ""
 
 
 def read_settings(directory: Path, kind: Any = AutoConfig) -> Any:
     """Return config.json as a configuration of the class ``kind``, its defaults filled in; no code is executed.
 
-    Raises CheckpointError where transformers cannot read it, or it has more layers than the checkpoint has tensors.
+    What it says of the form of a model's outputs is left aside.
+
+    Raises CheckpointError where transformers cannot read it, or would make or run what no model needs.
     """
-    _check_counts(directory, read_config(directory))
-    with _transformers(directory, "read config.json"):
-        return kind.from_pretrained(directory)
+    check_kind(directory, read_config(directory), read_headers(directory))
+    with _transformers(directory, "read it"):
+        settings = kind.from_pretrained(directory)
+    settings.return_dict, settings.output_hidden_states = True, False
+    return settings
 
 
 def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -182,7 +209,7 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedM
         (None, AutoConfig) if is_known else causal_lm_classes(directory, trust_remote_code=trust_remote_code)
     )
     settings = read_settings(directory, kind)
-    with _transformers(directory, "build it"), torch.device("meta"):
+    with _transformers(directory, "build a model of it"), torch.device("meta"):
         make: Any = AutoModelForCausalLM.from_config if model_type is None else model_type
         made: PreTrainedModel = make(settings)
     if has_weights(directory):
@@ -190,25 +217,6 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedM
     elif (form := find_form(directory)) is not None:
         raise CheckpointError(str(form))
     return made
-
-
-_MOST_LAYERS = 10_000
-"""Layers of a configuration without weights."""
-_COUNT = re.compile(r"n_layers?|num_.*layers|num_.*blocks|depth")
-
-
-def _check_counts(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse more layers than there are tensors: transformers would make a list of them, and then the layers."""
-    held = len(Checkpoint(directory)) if has_weights(directory) else _MOST_LAYERS
-    waiting: list[dict[str, Any]] = [config]
-    while waiting:
-        for key, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            elif isinstance(value, int) and _COUNT.fullmatch(key) and value > held:
-                raise CheckpointError(
-                    f"{directory}/config.json: {key} is {value!r:.24}, and there are {held} tensors; restore it."
-                )
 
 
 def check_models(sources: Iterable[str | Path | None], *, trust_remote_code: bool) -> None:

@@ -15,7 +15,8 @@ from modmoe.documents import check_task_file, read_object
 from modmoe.errors import ModmoeError, RecipeError
 from modmoe.files import check_file, check_name, is_page, place_of, target_of
 from modmoe.kinds.check import check_source
-from modmoe.seal import find_stranger, is_marked
+from modmoe.launch import is_first_of_many
+from modmoe.seal import find_stranger, is_marked, is_taken
 from modmoe.staging import check_output
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str],
     ``needs`` is what ``modmoe.kinds.check.check_source`` takes.
     """
     # one of several processes does not speak: what it lacks, it tells the others once it has joined them
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if is_first_of_many() is not None:
         return
     for source in sources:
         if source is not None:
@@ -65,7 +66,7 @@ def check_places(
         RecipeError: a place that no file can have, that holds anything that modmoe did not write, or that is, holds or
             lies over an input, the working directory, the home directory or the root.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK", "0") != "0":
+    if is_first_of_many() is False:
         return  # the first process alone writes
     check_name(output)
     target = target_of(output)
@@ -146,6 +147,9 @@ def _check_report(
     path = place_of(report)
     if path == target or path in target.parents:
         raise RecipeError(f"--report: {report}: is where the output {target} is to be; name another file.")
+    inside = path.relative_to(target).as_posix() if target in path.parents else ""
+    if inside and is_taken(inside):
+        raise RecipeError(f"--report: {report}: is where the output has files of its own; name it report.html there.")
     for other in beside:
         if path == other or other in path.parents:
             raise RecipeError(f"--report: {report}: lies where this run keeps what is unfinished; name another file.")

@@ -44,7 +44,6 @@ _WRITTEN = (
     "*.gguf",
     "*.svg",
     "*.png",
-    "report*.html",
     "mixlora*",
     "profile.safetensors",
     "partition.safetensors",
@@ -55,6 +54,7 @@ _WRITTEN = (
     "train/*.jsonl",
     "held_out/*.jsonl",
 )
+_REPORTS = "report*.html"
 _STATES = (
     "run.json",
     "curves.json",
@@ -215,7 +215,16 @@ def _is_written(name: str, status: os.stat_result, listed: Iterable[str]) -> boo
         return True  # an empty one holds nothing, and what is in one is asked about by itself
     if not stat.S_ISREG(status.st_mode):
         return False
-    return name in (SEAL, MARK) or name in listed or any(_fits(name, pattern) for pattern in (*_WRITTEN, *_STATES))
+    patterns = (*_WRITTEN, _REPORTS, *_STATES)
+    return name in (SEAL, MARK) or name in listed or any(_fits(name, pattern) for pattern in patterns)
+
+
+def is_taken(name: str) -> bool:
+    """Return whether an output may have files of its own where another file is to lie in it, or on the way there."""
+    parts = name.split("/")
+    ways = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    is_file = any(way in (SEAL, MARK) or _fits(way, pattern) for way in ways for pattern in _WRITTEN)
+    return is_file or any(pattern.startswith(f"{name}/") for pattern in _WRITTEN)
 
 
 def _fits(name: str, pattern: str) -> bool:

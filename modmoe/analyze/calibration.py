@@ -109,11 +109,16 @@ def token_batches(
             if reading.add(row):
                 sequences.append(row.input_ids)
     reading.check()
-    padding = getattr(tokenizer, "pad_token_id", None)
-    if padding is None:
-        padding = getattr(tokenizer, "eos_token_id", None) or 0
+    padding = padding_of(tokenizer, num_embeddings)
     sequences.sort(key=len)
     return [_pad(sequences[start : start + batch_size], padding) for start in range(0, len(sequences), batch_size)]
+
+
+def padding_of(tokenizer: Any, num_embeddings: int | None) -> int:
+    """Return the token that fills rows up, which nothing reads: the tokenizer's own, or one that the model has."""
+    named = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    known = [token for token in named if isinstance(token, int) and 0 <= token < (num_embeddings or token + 1)]
+    return known[0] if known else 0
 
 
 def cluster_sequences(
@@ -153,6 +158,11 @@ def cluster_sequences(
 
     runner.run({"": batches}, on_output=watch, layers=layers, progress=progress)
     features_ND = ranks.add_up(features_ND)
+    if not bool(features_ND.isfinite().all()):
+        raise CalibrationError(
+            "calibration: the model's hidden states are not finite; its weights or config.json are damaged, which "
+            "modmoe doctor looks for."
+        )
     num_different = len(torch.unique(features_ND, dim=0))
     if num_different < num_clusters:
         raise CalibrationError(

@@ -178,6 +178,7 @@ class _Encoder:
         self._most = None if longest is None else _MOST_TOKEN_CHARACTERS * longest
         self._template = Template(tokenizer)
         self._is_seen = [False] * len(tasks)
+        self._is_steady = False
 
     def encode(self, order: Iterable[tuple[int, int]]) -> Iterator[list[Any]]:
         """Yield lists of rows: task, index, ids, where they count, bytes, what is lost, whether it is cut, words."""
@@ -241,6 +242,11 @@ class _Encoder:
         """Return the text of messages, what the assistant wrote of it from one message on, and what is lost."""
         options = options_of(place, row)
         text, way = self._template.choose(place, messages, options)
+        if not self._is_steady and self._template.run(way(messages), options) != text:
+            raise CalibrationError(
+                f"{place}: the chat template writes another text each time, such as the time of day; take that out."
+            )
+        self._is_steady = True
         conversation = Conversation(place, self._template, way(messages), options, text)
         lost = conversation.lost()
         spans = conversation.spans(first) if counts else []

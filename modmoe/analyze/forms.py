@@ -17,6 +17,7 @@ EMPTY = "the row is empty"
 NO_COMPLETION = "the completion is empty"
 NO_ASSISTANT = "no message is the assistant's"
 NO_ANSWER = "the assistant's messages are empty"
+NO_WEIGHT = "the assistant's messages have weight 0"
 
 # what a part of a message holds that is not text: learned from, it would have to be something else than a token
 _NOT_TEXT = ("image", "audio", "video", "file")
@@ -55,6 +56,8 @@ def check_row(place: str, row: Mapping[str, Any], *, is_filled: bool = False) ->
         return None, len(part)
     if form == ("prompt", "completion"):
         _agree(place, found)
+        if any(not is_learned(message) for message in found["completion"] if isinstance(message, dict)):
+            raise CalibrationError(f"{place}: 'completion' has a message of 'weight' 0; write the row as 'messages'.")
     if isinstance(found[form[-1]], list):
         found |= _check_extras(place, row, is_filled=is_filled)
     elif isinstance(row.get("tools"), list) and row["tools"]:
@@ -72,8 +75,14 @@ def lacks(row: Mapping[str, Any]) -> str:
         turns = [message for message in row["messages"] if message["role"] == "assistant"]
         if not turns:
             return NO_ASSISTANT
-        return "" if any(map(says_something, turns)) else NO_ANSWER
+        said = [message for message in turns if says_something(message)]
+        return "" if any(map(is_learned, said)) else NO_WEIGHT if said else NO_ANSWER
     return ""
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a message of the assistant's is to be learned: its ``weight``, if it has one, is not 0."""
+    return bool(message.get("weight", 1))
 
 
 def says_something(message: Mapping[str, Any]) -> bool:
@@ -148,6 +157,8 @@ def _check_message(place: str, value: dict[str, Any], *, is_filled: bool) -> dic
     if "role" not in message or not any(key in value for key in _PAYLOAD):
         raise CalibrationError(f"{place} lacks 'role' or 'content'; each needs both.")
     check_text(f"{place}: 'role'", message["role"])
+    if message.get("weight", 1) not in (0, 1):
+        raise CalibrationError(f"{place}: 'weight' is {message['weight']!r:.40}; write 1 to learn it, 0 not to.")
     content = message.get("content", "")
     if isinstance(content, list):
         for part in content:

@@ -300,7 +300,8 @@ class _Sums:
         for field, vector in vectors.items():
             if not bool(torch.isfinite(vector).all()):
                 raise CalibrationError(
-                    f"layer {layer}: {field} is not finite; activations overflow; run the model in bfloat16 or float32."
+                    f"layer {layer}: {field} is not finite: activations overflow, or the weights or config.json are "
+                    "damaged; run the model in bfloat16 or float32, and modmoe doctor."
                 )
         return ActivationProfile(
             names,

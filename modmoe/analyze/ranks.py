@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import re
 import signal
 import threading
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from modmoe.errors import ModmoeError, RankError
+from modmoe.launch import number_of
 from modmoe.staging import open_output, partial_of
 
 T = TypeVar("T", bound=Any)
@@ -56,7 +56,7 @@ def num_ranks() -> int:
 
 def num_ranks_here() -> int:
     """Return how many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _group is not None else 1
+    return number_of("LOCAL_WORLD_SIZE", 1) if _group is not None else 1
 
 
 def is_first() -> bool:
@@ -76,13 +76,13 @@ def joined() -> Iterator[None]:
         RankError: another rank is gone without a word.
     """
     global _group, _is_mute
-    if _group is not None or not (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+    if _group is not None or not (dist.is_initialized() or number_of("WORLD_SIZE", 1) > 1):
         yield
         return
     with _unwinding():
         if not dist.is_initialized():
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+                torch.cuda.set_device(number_of("LOCAL_RANK", 0) % torch.cuda.device_count())
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             # it stays for what comes next: a launcher's store has room for one group in a process's life
             atexit.register(_close)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modmoe.analyze.encoding import EncodedRow, Piece
-from modmoe.analyze.forms import EMPTY, NO_ANSWER, NO_ASSISTANT, NO_COMPLETION, lacks
+from modmoe.analyze.forms import EMPTY, NO_ANSWER, NO_ASSISTANT, NO_COMPLETION, NO_WEIGHT, lacks
 from modmoe.analyze.rows import TaskRows
 from modmoe.analyze.turns import SILENCE
 from modmoe.errors import CalibrationError, hide_secrets
@@ -22,6 +22,7 @@ _REMEDIES = {
     NO_COMPLETION: "fill in 'completion'",
     NO_ASSISTANT: "give messages whose 'role' is 'assistant'",
     NO_ANSWER: "fill in the 'content' of the assistant's messages",
+    NO_WEIGHT: "write 1 as the 'weight' of those to be learned",
     EMPTY: "name a file with text in it",
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from modmoe.analyze.chat import Messages, Options, Span, Template, calls_of, holds, text_of
-from modmoe.analyze.forms import CALL_KEYS, REASONING_KEYS, says_something
+from modmoe.analyze.forms import CALL_KEYS, REASONING_KEYS, is_learned, says_something, strings_of
 from modmoe.errors import CalibrationError
 
 TOOLS, CALLS, REASONING, CONTENT = "tools", "tool calls", "reasoning", "messages"
@@ -22,6 +22,8 @@ TOOLS_BESIDE_TEXT = "tools beside text"
 """Of a row that is no conversation."""
 SILENCE = "silence"
 """Nothing that the assistant says is in the text."""
+_NO_WORDS = ("type", "id", "tool_use_id", "signature", "format", "cache_control")
+"""Keys of parts whose values are not said."""
 _END_OF_THOUGHT = "</think>"
 _CALL_PARTS = ("name", "arguments")
 _UNCLOSED = re.compile(r"[<\[][^>\]]*$")
@@ -51,17 +53,16 @@ class Conversation:
                 found.append(CALLS)
         if not all(holds(text, thought) for message in messages for thought in _thoughts(message)):
             found.append(REASONING)
-        if any(
-            message["role"] != "assistant"
-            and not holds(text, text_of(message.get("content")))
-            and self._run_with(index, _reworded(message, ("content",), self._text)) == text
-            for index, message in enumerate(messages)
-        ):
+        dense = _squeeze(text)
+        pieces = [piece for message in messages for piece in _pieces(message)]
+        if not all(holds(text, piece) or holds(dense, _squeeze(piece)) for piece in pieces):
             found.append(CONTENT)
         return found
 
     def spans(self, first: int = 0) -> list[Span]:
         """Return where the assistant wrote, from the message ``first`` on, with what ends each of its turns.
+
+        Turns of ``weight`` 0 are left out.
 
         Raises:
             CalibrationError: the text of a turn is not to be found.
@@ -72,19 +73,22 @@ class Conversation:
             if index >= first and message["role"] == "assistant" and says_something(message)
         ]
         marks = self._template.marks(self._messages, self._options, self._text) if turns and not first else []
+        learned = {index for index in turns if is_learned(self._messages[index])}
         if marks and self._agree(marks, turns):
-            return marks
+            return [mark for mark, index in zip(marks, turns, strict=True) if index in learned]
         self._contents = dict(self._all_at_once())
         regions = {index: region for index in turns if (region := self._region(index)) is not None}
         # of a turn whose calls the template leaves out nothing is to be learned, and of such a turn alone
         if (
             marks
-            and len(regions) == len(turns)
+            and len(regions) == len(turns) == len(learned)
             and all(any(_meet(mark, region) for mark in marks) for region in regions.values())
         ):
             return marks
         opening, spans = self._opening(turns), []
         for index, region in regions.items():
+            if index not in learned:
+                continue
             spans.append((self._start(index, region, opening), self._stop(index, region)))
         return spans
 
@@ -243,9 +247,8 @@ class Conversation:
 
 def _thoughts(message: dict[str, Any]) -> Iterator[str]:
     """Yield the reasoning of a message, in keys of its own and in its content."""
-    for key in REASONING_KEYS:
-        if isinstance(message.get(key), str):
-            yield message[key]
+    for key in (*REASONING_KEYS, "reasoning_details"):
+        yield from strings_of(message.get(key), skip=_NO_WORDS)
     content = text_of(message.get("content"))
     if message["role"] == "assistant" and _END_OF_THOUGHT in content:
         yield content.rpartition(_END_OF_THOUGHT)[0].rpartition("<think>")[2]
@@ -258,6 +261,20 @@ def _core(message: dict[str, Any]) -> str:
 
 def _without(message: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in keys}
+
+
+def _pieces(message: dict[str, Any]) -> Iterator[str]:
+    """Yield the words of a message's content, also those in parts that are no text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        yield from strings_of(content, skip=_NO_WORDS)
+    else:
+        yield _core(message) if message["role"] == "assistant" else text_of(content)
+
+
+def _squeeze(text: str) -> str:
+    """Return a text without its white space, which templates set as they like."""
+    return "".join(text.split())
 
 
 def _reworded(

@@ -14,6 +14,7 @@ from modmoe.documents import read_object
 from modmoe.errors import CheckpointError, ModmoeError
 from modmoe.export import adapted_code
 from modmoe.kinds.forms import wrong_with
+from modmoe.kinds.orders import find_orders
 from modmoe.kinds.tokens import count_rows, find_rowless
 from modmoe.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
 from modmoe.scratch import scratch_directory
@@ -107,8 +108,8 @@ def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights
     if rowless is not None:
         findings.fault(*rowless)
         return
-    if any(wrong_with(file) for file in directory.glob("*token*.json")):
-        return  # told with the files
+    if any(wrong_with(file) for file in directory.glob("*token*.json")) or any(find_orders(directory, config, {})):
+        return  # told with the files; what loads a tokenizer reads config.json too
     check_use(directory, findings, load_tokenizer)
 
 

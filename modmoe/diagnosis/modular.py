@@ -116,8 +116,8 @@ def _check_layer(
     if others:
         text = f"{_numbers('expert', others)}: {counts_E[others[0]]} modules, where modules_per_expert is {each}"
         findings.fault(place, text, _CONVERT)
-    shared = int(config.get("shared_modules") or 0)
-    if int(member_ES.all(0).sum()) < shared:
+    shared = config.get("shared_modules")
+    if isinstance(shared, int) and int(member_ES.all(0).sum()) < shared:
         findings.fault(place, f"fewer modules than shared_modules, {shared}, are in every expert", _CONVERT)
     _check_ranking(directory, f"{prefix}ranking", member_ES, weights, findings)
 

@@ -21,7 +21,7 @@ _KINDS: dict[str, re.Pattern[str]] = {
     ),
     "a password": re.compile(r"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+"),
     "a secret value": re.compile(
-        r"\b(?:api[_-]?key|secret(?:[_-]?(?:access)?[_-]?key)?|private[_-]?key|access[_-]?token|auth[_-]?token|"
+        r"(?<![A-Za-z0-9])(?:api[_-]?key|secret(?:[_-]?(?:access)?[_-]?key)?|private[_-]?key|access[_-]?token|auth[_-]?token|"
         r"client[_-]?secret|password|passwd)\b[\"']?\s*[:=]\s*[\"']?"
         # a value rather than a word, a call or a placeholder
         r"(?=[^\s\"',;#()\[\]{}<>$]{0,200}[0-9])(?=[^\s\"',;#()\[\]{}<>$]{0,200}[A-Za-z])"

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modmoe.analyze import ranks
-from modmoe.analyze.calibration import load_task, warn_of_length
+from modmoe.analyze.calibration import load_task, padding_of, warn_of_length
 from modmoe.analyze.encoding import EncodedRow, encode_rows
 from modmoe.analyze.reading import Reading, summaries
 from modmoe.analyze.rows import TaskRows
-from modmoe.errors import RecipeError, did_you_mean
+from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.finetune.data import IGNORED, Collator
 from modmoe.finetune.losses import token_losses
 from modmoe.loading import check_models, load, load_tokenizer
@@ -128,13 +128,13 @@ def evaluate_model(
     Raises:
         RecipeError: no such expert, or none is named for a task that has no expert of its own.
         CalibrationError: a file cannot be read, or none of its tokens counts.
+        CheckpointError: a loss is not a finite number.
     """
     for name in tasks:
         expert_of(model, name, expert)  # before the first task has taken its time
     results = {}
     warn_of_length(model.config, sequence_length, "sequence_length")
-    embeddings: Any = model.get_input_embeddings()
-    size = int(embeddings.weight.shape[0])
+    size = _rows_of(model)
     for name, file in tasks.items():
         rows, read = _draw(load_task(name, file), tokenizer, tokens, sequence_length, seed, size)
         if readings is not None:
@@ -142,7 +142,10 @@ def evaluate_model(
             read.tell()
         with reading(model, expert_of(model, name, expert)):
             report = None if progress is None else partial(progress, f"measuring {name}, tokens")
-            results[name] = _measure(model, tokenizer, rows, batch_size, report)
+            try:
+                results[name] = _measure(model, tokenizer, rows, batch_size, report)
+            except CheckpointError as error:
+                raise CheckpointError(f"{model.config.name_or_path}: task {name}: {error}") from None
     return results
 
 
@@ -155,7 +158,7 @@ def decode_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 64, 
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
     settings.update(min_new_tokens=new_tokens, max_new_tokens=new_tokens)
     if getattr(model.generation_config, "pad_token_id", None) is None:
-        settings["pad_token_id"] = _padding(tokenizer)
+        settings["pad_token_id"] = padding_of(tokenizer, _rows_of(model))
     keys = ("input_ids", "attention_mask")
     arguments = {key: inputs[key] for key in keys if key in inputs}
     taken_s = []
@@ -245,7 +248,7 @@ def _measure(
     batch_size: int,
     report: Callable[[int, int], None] | None,
 ) -> dict[str, float]:
-    collator = Collator(padding=_padding(tokenizer), packing=False)
+    collator = Collator(padding=padding_of(tokenizer, _rows_of(model)), packing=False)
     losses, read, taken_s = [torch.zeros((), dtype=torch.float64)], 0, 0.0
     exact_prompted = torch.zeros(2, dtype=torch.float64)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -282,6 +285,11 @@ def _measure(
     counted = sum(sum(row.counted) for row in rows)
     num_bytes = sum(size for row in rows for size, counts in zip(row.num_bytes, row.counted, strict=True) if counts)
     loss = loss_sum / counted
+    if not math.isfinite(loss):
+        raise CheckpointError(
+            f"the model's loss is {loss}, no number to compare: its weights or config.json are damaged, which modmoe "
+            "doctor looks for, or its numbers are too large for its dtype."
+        )
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -296,9 +304,8 @@ def _labels(row: EncodedRow) -> list[int]:
     return [token if counts else IGNORED for token, counts in zip(row.input_ids, row.counted, strict=True)]
 
 
-def _padding(tokenizer: Any) -> int:
-    padding = getattr(tokenizer, "pad_token_id", None)
-    return int(padding if padding is not None else getattr(tokenizer, "eos_token_id", None) or 0)
+def _rows_of(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _now(model: Any) -> float:

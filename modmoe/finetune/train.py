@@ -21,7 +21,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from modmoe.accounting import tensor_bytes
 from modmoe.analyze import ranks
-from modmoe.analyze.calibration import warn_of_length
+from modmoe.analyze.calibration import padding_of, warn_of_length
 from modmoe.analyze.memory import names_what_to_lower
 from modmoe.analyze.reading import Reading, summaries, tell
 from modmoe.analyze.run import save_recipe, silent
@@ -36,6 +36,7 @@ from modmoe.finetune.evaluate import evaluate_model
 from modmoe.finetune.learns import choose_what_learns, is_routed_by_task
 from modmoe.finetune.resume import all_states, describe_run, disk_bytes, find_state, states_of, step_of
 from modmoe.finetune.trainer import DivergedError, ModularTrainer, Report, WholeRun
+from modmoe.launch import check_precision
 from modmoe.loading import check_models, is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
 from modmoe.preflight import check_states
 from modmoe.recipe import Recipe
@@ -163,11 +164,12 @@ def _run(
         before = _losses(model, tokenizer, eval_tasks, recipe, progress, eval_readings)
         tasks = {name: {"before": loss} for name, loss in before.items()}
     total = model.num_parameters()
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    embeddings: Any = model.get_input_embeddings()
+    rows, width = embeddings.weight.shape
     trainer: Any = ModularTrainer(
         model=model,
-        args=training_arguments(states, recipe, device, model.get_input_embeddings().weight.shape[1]),
-        data_collator=Collator(padding=padding, packing=packing),
+        args=training_arguments(states, recipe, device, width),
+        data_collator=Collator(padding=padding_of(tokenizer, rows), packing=packing),
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=lora,
@@ -272,6 +274,7 @@ def default_learning_rate(train: str, width: int) -> float:
 
 def training_arguments(states: Path, recipe: Recipe, device: torch.device, width: int) -> SFTConfig:
     """Return what TRL's trainer is told: one step a batch, cosine decay, float32 with bfloat16 products on a GPU."""
+    check_precision()
     wanted = recipe.finetune
     rate = wanted.learning_rate if wanted.learning_rate is not None else default_learning_rate(wanted.train, width)
     arguments = SFTConfig(

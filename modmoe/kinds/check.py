@@ -12,6 +12,7 @@ from modmoe.errors import CheckpointError
 from modmoe.kinds.forms import describe_file, find_form, find_pointers, is_adapter, is_model
 from modmoe.kinds.headers import Headers, Problem, read_headers
 from modmoe.kinds.names import find_adapters, find_wrapped
+from modmoe.kinds.orders import find_orders
 from modmoe.kinds.quantized import find_quantization
 from modmoe.kinds.tokens import count_rows, describe_rowless, find_rowless, has_tokenizer, without_row
 
@@ -21,6 +22,7 @@ def find_problems(directory: Path, config: Mapping[str, Any], headers: Headers) 
     yield from find_quantization(directory, config, headers)
     yield from find_adapters(directory, config, headers)
     yield from find_wrapped(directory, config, headers)
+    yield from find_orders(directory, config, headers)
 
 
 def check_kind(directory: Path, config: Mapping[str, Any], headers: Headers) -> None:

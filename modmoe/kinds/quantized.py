@@ -37,7 +37,7 @@ _BLOCKS = re.compile(r"_blocks$")
 _WEIGHTS = re.compile(r"\.weight$|(^|[._])(gate_up|gate|up|down|[qkvo])_proj$|\.experts\.\w+$")
 _SMALL_FLOATS = ("F8_", "F4", "F6_")
 """Types of a value's bits; F8_E4M3 is one."""
-_WHOLE = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_WHOLE = ("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL")
 _LOADED = "AutoModelForCausalLM.from_pretrained('{source}'{options}){dequantize}.save_pretrained('{source}-plain')"
 _OPTIONS = {
     "fp8": "FineGrainedFP8Config",
@@ -92,7 +92,7 @@ def find_packed(headers: Headers) -> tuple[str, str] | None:
                 return name, method
         if header.dtype.startswith(_SMALL_FLOATS):
             return name, "FP8" if header.dtype.startswith("F8_") else header.dtype
-        if header.dtype in _WHOLE and len(header.shape) > 1:
+        if header.dtype in _WHOLE:
             if _BLOCKS.search(name):
                 return name, "MXFP4"
             if _WEIGHTS.search(name):

@@ -24,6 +24,8 @@ EMBEDDINGS = (
 )
 """Ends of the names that architectures give to the matrix with a row a token."""
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt", "special_tokens_map.json")
+_SETTINGS = "tokenizer_config.json"
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PLACEHOLDER = re.compile(r"<[^<>]*(image|audio|video|vision|img|frame)[^<>]*>", re.IGNORECASE)
 """Tokens that stand for what is no text: models of text alone come with the tokenizers of models that see."""
 _MANY = 1000
@@ -50,9 +52,19 @@ def find_rowless(directory: Path, rows: int) -> Problem | None:
     What is no JSON, or not as tokenizers write it, is left to those who load the tokenizer.
     """
     found: dict[str, Token] = {}
+    known: set[str] = set()
+    largest = -1
     for number, token, file in _read_tokens(directory):
+        known.add(token)
+        largest = max(largest, number)
         if number >= rows and not _PLACEHOLDER.fullmatch(token):
             found.setdefault(token, (number, token, file))
+    if known:
+        # what is named as a special token and is none yet becomes the next one when the tokenizer is loaded
+        new = [token for token in _named(directory) if token not in known]
+        for number, token in enumerate(dict.fromkeys(new), largest + 1):
+            if number >= rows:
+                found.setdefault(token, (number, token, _SETTINGS))
     return describe_rowless(directory, sorted(found.values()), rows) if found else None
 
 
@@ -93,11 +105,21 @@ def _read_tokens(directory: Path) -> Iterator[Token]:
     else:
         yield from _pairs(_read(directory / "vocab.json"), "vocab.json")
     yield from _pairs(_read(directory / "added_tokens.json"), "added_tokens.json")
-    settings = _read(directory / "tokenizer_config.json")
+    settings = _read(directory / _SETTINGS)
     decoder = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
     for number, one in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(one, dict) and number.isascii() and number.isdecimal() and len(number) < 12:
-            yield int(number), str(one.get("content")), "tokenizer_config.json"
+            yield int(number), str(one.get("content")), _SETTINGS
+
+
+def _named(directory: Path) -> Iterator[str]:
+    """Yield the special tokens that the settings of a tokenizer name."""
+    settings = _read(directory / _SETTINGS)
+    for key in _SPECIAL if isinstance(settings, dict) else ():
+        value = settings.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and text:
+            yield text
 
 
 def _pairs(vocabulary: Any, file: str) -> Iterator[Token]:

@@ -22,10 +22,15 @@ from .configuration_modmoe import config_class
 from .generation_modmoe import methods_over
 from .modular_ffn import ModularFFN
 from .routing_modmoe import Recording, RoutingState, begin_pass, check_expert_ids, end_pass, in_this_pass, run_of
-from .sequences_modmoe import read_call
+from .sequences_modmoe import check_prompt, read_call
 
 WAYS = ("auto", "masked", "runs", "gather")
 """The ways of computing FFNs that ``set_ffn_way`` takes."""
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class ModularMixin:
@@ -64,8 +69,8 @@ class ModularMixin:
             if expert not in names:
                 raise ValueError(f"no expert '{expert}'; this model has {names}")
             expert = names.index(expert)
-        if expert is not None and not 0 <= expert < self.config.num_experts:
-            raise ValueError(f"no expert {expert}; this model has {self.config.num_experts}")
+        if expert is not None and not (is_whole(expert) and 0 <= expert < self.config.num_experts):
+            raise ValueError(f"no expert {expert!r}; this model has {self.config.num_experts}")
         self.routing_state.expert = expert
 
     @contextlib.contextmanager
@@ -102,8 +107,8 @@ class ModularMixin:
         Modules that all experts have come first, then an expert's own, each by its score at conversion.
         """
         most = self.config.modules_per_expert
-        if modules is not None and not 1 <= modules <= most:
-            raise ValueError(f"active modules: {modules} is not between 1 and {most}, the modules of an expert")
+        if modules is not None and not (is_whole(modules) and 1 <= modules <= most):
+            raise ValueError(f"active modules: {modules!r} is not between 1 and {most}, the modules of an expert")
         self.routing_state.active_modules = None if modules == most else modules
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
@@ -169,7 +174,9 @@ def _begin_pass(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         run.logits = {} if run.logits is None else run.logits
     if expert_ids is not None:
         run.expert_ids_N = check_expert_ids(expert_ids, run.shape, config.num_experts)
-    if config.routing == "sequence":
+    if config.routing != "sequence":
+        check_prompt(prompt, run.shape)
+    else:
         read_call(run, backbone, given, kwargs, prompt)
     return args, kwargs
 

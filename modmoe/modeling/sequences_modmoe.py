@@ -136,7 +136,11 @@ def check_prompt(prompt: Any, shape: tuple[int, int]) -> int | Tensor:
         if tuple(prompt.shape) != shape:
             raise ValueError(f"routing_prompt: has the shape {tuple(prompt.shape)}; it must be {shape}, one a token.")
         return prompt.bool()
-    length = 0 if prompt is None else int(prompt)
+    if isinstance(prompt, Tensor):
+        prompt = prompt.item()
+    if not (prompt is None or (isinstance(prompt, int) and not isinstance(prompt, bool))):
+        raise ValueError(f"routing_prompt: {prompt!r} is no number of tokens, nor a tensor of which tokens are.")
+    length = prompt or 0
     if length < 0:
         raise ValueError(f"routing_prompt: {length} tokens cannot be a prompt; 0 is none.")
     return min(length, shape[1])

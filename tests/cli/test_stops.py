@@ -16,6 +16,7 @@ import pytest
 from modmoe import scratch, steps
 from modmoe.cli import main
 from modmoe.cli.stops import stoppable
+from modmoe.errors import CheckpointError
 from modmoe.export import child
 from modmoe.export.verify import _run_child
 from modmoe.staging import open_output
@@ -52,6 +53,30 @@ def test_a_signal_ends_a_command(
         return
     assert (found, err) == (code, f"modmoe: stopped. Nothing of {tmp_path / 'out'} was written.\n")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("other", [ImportError("initialization failed"), CheckpointError("x: cannot be read.")])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_a_library_makes_of_a_signal_is_the_signal(
+    number: signal.Signals,
+    code: int,
+    other: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As a compiled module does that is being loaded when it comes."""
+
+    def inspect(_: str) -> dict[str, Any]:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        except KeyboardInterrupt:
+            raise other from None
+        return {}
+
+    monkeypatch.setattr(steps, "inspect", inspect)
+    assert main.run(["inspect", "x"]) == code
+    assert capfd.readouterr().err == "modmoe: stopped.\n"
 
 
 def test_handlers_of_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from modmoe.families import FAMILIES
+from modmoe.loading import load
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import Pass, Within
+from tests.packed_models import write_packed
 from tests.planned import EXPERTS, NUM_MODULES, load_pair
 from tests.reference import tied_ffn
 from tests.tiny import token_ids, tokenizer
@@ -237,6 +240,17 @@ def test_the_router_learns_at_top_1(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", ["tied", "packed"])
+def test_what_is_loaded_and_saved_is_loaded_by_transformers_alone(tmp_path, form):
+    tied, packed = write_packed(tmp_path)
+    model = load({"tied": tied, "packed": packed}[form])
+    model.save_pretrained(tmp_path / "again")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert type(found).__module__.startswith("transformers_modules.")
+    assert torch.equal(found(token_ids()).logits, model(token_ids()).logits)
+
+
+@torch.no_grad()
 def test_named_experts(tmp_path):
     _, model = load_pair(tmp_path, routing="task")
     ids = token_ids()
@@ -244,6 +258,12 @@ def test_named_experts(tmp_path):
         model(ids)
     with pytest.raises(ValueError, match="no expert 'maths'"):
         model.set_expert("maths")
+    for wrong in (3, -1, True, 1.0, [0]):
+        with pytest.raises(ValueError, match="no expert"):
+            model.set_expert(wrong)
+        with pytest.raises(ValueError, match="active modules"):
+            model.set_active_modules(wrong if wrong != 3 else 99)
+    assert model.routing_state.expert is None and model.routing_state.active_modules is None
     alone = []
     for name in EXPERTS:
         model.set_expert(name)

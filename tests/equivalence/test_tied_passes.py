@@ -264,6 +264,12 @@ def test_router_logits_are_in_the_output(tmp_path):
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("prompt", ["x", 1.5, True, [1], float("nan"), torch.tensor(2.5)])
+def test_a_prompt_that_is_none_is_refused(routed, prompt):
+    with pytest.raises(ValueError, match=r"routing_prompt: .* is no number of tokens"):
+        routed(token_ids(1, 5), routing_prompt=prompt)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_model_without_values_gets_all_of_them(routing, tmp_path):
     _, model = load_pair(tmp_path, routing=routing, means=True, kind="mlp" if routing == "token" else "linear")

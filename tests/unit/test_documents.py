@@ -13,6 +13,7 @@ from modmoe.analyze import rows
 from modmoe.checkpoint import INDEX, Checkpoint, copy_companions, write_json
 from modmoe.documents import YamlError, check_task_file, local_directory, open_tensors, parse_yaml, read_object
 from modmoe.errors import CalibrationError, CheckpointError, ModmoeError, RecipeError
+from modmoe.finetune.evaluate import evaluate
 from modmoe.loading import load, skeleton
 from modmoe.recipe import load_recipe
 from tests.tiny import save_dense
@@ -102,14 +103,22 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(dense):
     [
         ({"hidden_size": 2**40}, "one of the two is of another model"),
         ({"vocab_size": 2**40}, "one of the two is of another model"),
-        ({"intermediate_size": 2**62}, "transformers cannot build it"),
-        ({"num_hidden_layers": 2**40}, "num_hidden_layers is 1099511627776, and there are 14 tensors"),
-        ({"num_attention_heads": 0}, "transformers cannot read config.json"),
-        ({"hidden_size": -8}, "transformers cannot build it"),
-        ({"pad_token_id": 10**6}, "transformers cannot build it"),
-        ({"hidden_act": "x\n\x1b[31my"}, "transformers cannot build it"),
+        ({"intermediate_size": 2**62}, "transformers cannot build a model"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers: is 1099511627776, and there are 14 tensors"),
+        ({"num_attention_heads": 0}, "transformers cannot read it"),
+        ({"hidden_size": -8}, "transformers cannot build a model"),
+        ({"pad_token_id": 10**6}, "transformers cannot build a model"),
+        ({"hidden_act": "x\n\x1b[31my"}, "transformers cannot build a model"),
         ({"quantization_config": 7}, "quantization_config: says 7"),
         ({"rope_parameters": []}, "transformers cannot"),
+        ({"rope_scaling": {"rope_type": "dynamite"}}, r"does not know rope_scaling.rope_type 'dynamite'"),
+        ({"dtype": "float99"}, "does not know dtype 'float99'"),
+        ({"num_labels": 10**9}, "num_labels: is 1000000000, and no model has more than 100,000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: is NaN"),
+        ({"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}}, "rope_theta: is NaN"),
+        ({"_attn_implementation": "evil/kernel"}, "_attn_implementation: names code of the Hub, 'evil/kernel'"),
+        ({"attn_implementation": {"": "evil/kernel:x"}}, "names code of the Hub"),
+        ({"_experts_implementation": "evil/kernel"}, "names code of the Hub"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights names a file of its own"),
     ],
 )
@@ -120,11 +129,40 @@ def test_sizes_are_checked_before_they_are_made(dense, changes, said):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("changes", [{"return_dict": False}, {"output_hidden_states": True}])
+def test_the_form_of_outputs_is_not_the_files_to_say(dense, changes, tmp_path):
+    (tmp_path / "t.txt").write_text("some words of a text that is read\n" * 9)
+    expected = evaluate(dense, {"t": str(tmp_path / "t.txt")})["tasks"]["t"]["loss"]
+    edit_config(dense, **changes)
+    assert evaluate(dense, {"t": str(tmp_path / "t.txt")})["tasks"]["t"]["loss"] == expected
+    assert load(dense).config.return_dict
+
+
+def test_a_loss_that_is_no_number_names_the_model(dense, tmp_path):
+    weights = load_file(dense / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "t.txt").write_text("some words\n")
+    with pytest.raises(CheckpointError, match=rf"^{dense}: task t: the model's loss is nan.* modmoe doctor"):
+        evaluate(dense, {"t": str(tmp_path / "t.txt")})
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+def test_weights_that_are_no_floating_point_numbers(dense, name, dtype):
+    weights = load_file(dense / "model.safetensors")
+    name = name if name in weights else "model.embed_tokens.weight"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'{name}': has type .* is quantized"):
+        load(dense)
+
+
 def test_a_configuration_alone_is_enough_for_a_skeleton(dense):
     (dense / "model.safetensors").unlink()
     assert all(parameter.is_meta for parameter in skeleton(dense).parameters())
     edit_config(dense, num_hidden_layers=10**7)
-    with pytest.raises(CheckpointError, match="num_hidden_layers is 10000000"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers: is 10000000"):
         skeleton(dense)
 
 
@@ -154,7 +192,14 @@ def test_aliases_that_stay_small_are_read(tmp_path):
     deep = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
     with pytest.raises(YamlError, match="nested more than"):
         parse_yaml(deep)
+    plain = parse_yaml("[12, -3, 0, 1e-5, 1.5e3, .5, 2., .inf]")
+    assert plain == [12, -3, 0, 1e-5, 1.5e3, 0.5, 2.0, float("inf")]
+    # what YAML 1.1 would make other numbers of
+    assert parse_yaml("[010, 1:30, 1:30.5, 1_000, 0x10]") == ["010", "1:30", "1:30.5", "1_000", "0x10"]
     path = tmp_path / "r.yaml"
+    path.write_text("seed: 1:30\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: seed"):
+        load_recipe(path)
     path.write_text("seed: -1\n")
     with pytest.raises(RecipeError, match=r"r\.yaml: seed: -1 is not between 0 and"):
         load_recipe(path)

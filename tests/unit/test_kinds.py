@@ -292,6 +292,24 @@ def test_a_token_without_a_row_is_told(
     assert run(["inspect", str(model)]) == 0
 
 
+@pytest.mark.parametrize("key", ["eos_token", "bos_token", "unk_token", "pad_token"])
+@pytest.mark.parametrize("is_object", [False, True])
+def test_a_special_token_that_is_new_to_the_vocabulary_has_no_row(
+    key: str, is_object: bool, model: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, whole = model / "tokenizer_config.json", json.loads((model / "tokenizer.json").read_text())
+    whole["model"]["vocab"]["last"] = 263  # so that there is no row to spare
+    (model / "tokenizer.json").write_text(json.dumps(whole))
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, key: {"content": "[NEW]"} if is_object else "[NEW]"}))
+    for name in ("convert", "finetune", "eval"):
+        assert run(command(name, model, dense)) == 2
+        told = line(capsys)
+        assert "tokenizer_config.json: token '[NEW]' has id 264, and the embeddings have 264 rows" in told, name
+    path.write_text(json.dumps({**settings, key: "<pad>"}))
+    load_tokenizer(model)
+
+
 def test_a_token_that_stands_for_an_image_is_none_of_text(model: Path) -> None:
     path = model / "tokenizer.json"
     more_tokens("tokenizer.json")(model)

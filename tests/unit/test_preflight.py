@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modmoe import seal
+from modmoe.cli import main
 from modmoe.errors import RecipeError
 from modmoe.files import check_file, is_page, sign_page, write_file
 from modmoe.preflight import check_places, input_words
@@ -283,6 +284,14 @@ def test_a_working_directory_that_is_gone_is_one_line(room: Path) -> None:
         check_places("out", overwrite=False, inputs={})
 
 
+@pytest.mark.parametrize("words", [["env"], ["inspect", "model"], ["eval", "model", "--task", "a=a.txt"], ["demo"]])
+def test_no_command_runs_where_the_working_directory_is_gone(room: Path, words: list[str], capfd: Any) -> None:
+    (room / "here").rmdir()
+    assert main.run(words) == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "modmoe: the working directory is gone; change to one that is there.\n")
+
+
 def special(room: Path) -> Path:
     os.mkfifo(room / "pipe")
     return room / "pipe"
@@ -310,18 +319,26 @@ REPORTS: dict[str, Callable[[Path], Any]] = {
     "over the output": lambda room: room / "new",
     "unfinished": lambda room: room / "out.partial" / "report.html",
     "an edited report": lambda room: edited(room),
+    "a report with a line more": lambda room: edited(room, "\n"),
+    "a standard stream": lambda room: "/dev/stdout",
+    "a file of the output": lambda room: room / "new" / "out" / "model.safetensors",
+    "a folder of the output": lambda room: room / "new" / "out" / "analysis",
+    "in a folder of the output": lambda room: room / "new" / "out" / "analysis" / "report.html",
+    "where the output has a file": lambda room: room / "new" / "out" / "config.json" / "report.html",
+    "the seal": lambda room: room / "new" / "out" / ".modmoe.json",
 }
 
 
-def edited(room: Path) -> Path:
-    (room / "report.html").write_text(sign_page("<html>").replace("<html>", "<html> mine"))
+def edited(room: Path, end: str = "") -> Path:
+    page = sign_page("<html>")
+    (room / "report.html").write_text(page + end if end else page.replace("<html>", "<html> mine"))
     return room / "report.html"
 
 
 @pytest.mark.parametrize("where", REPORTS)
 def test_a_report_replaces_nothing_but_a_report(room: Path, where: str) -> None:
-    out = room / "new" / "out" if where == "over the output" else room / "out"
     report, before = REPORTS[where](room), tree(room)
+    out = room / "new" / "out" if str(report).startswith(f"{room / 'new'}") else room / "out"
     with pytest.raises(RecipeError, match=r"^--report: .*; name|^--report: .*; choose"):
         check_places(out, overwrite=True, inputs=inputs(room), report=report)
     assert tree(room) == before

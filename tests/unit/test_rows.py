@@ -71,6 +71,9 @@ def test_every_row_is_read_in_its_own_form(tmp_path: Path) -> None:
         ({"messages": talk("", tool_calls="[1")}, "'tool_calls' is a string that is not JSON"),
         ({"messages": talk("a"), "tools": 3}, "'tools' is not a list of objects"),
         ({"messages": talk("a", thinking="\ud800")}, "half a surrogate pair"),
+        ({"messages": talk("a", weight=0.5)}, "message 2: 'weight' is 0.5; write 1 to learn it, 0 not to"),
+        ({"messages": talk("a", weight="no")}, "message 2: 'weight' is 'no'; write 1"),
+        ({"prompt": talk("a"), "completion": talk("b", weight=0)}, "'weight' 0; write the row as 'messages'"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_row(tmp_path: Path, row: dict[str, Any], said: str) -> None:
@@ -153,6 +156,7 @@ def test_what_may_not_be_meant_is_told_once(
     [
         ([{"prompt": "p", "completion": None}, {"prompt": "p", "completion": " "}], "completion is empty (2); fill in"),
         ([{"messages": talk("a")[:1]}], "no message is the assistant's (1); give messages whose 'role' is 'assistant'"),
+        ([{"messages": talk("a", weight=0)}], "the assistant's messages have weight 0 (1); write 1 as the 'weight'"),
         ([{"messages": talk(None)}, {"text": " "}], "the assistant's messages are empty (1); fill in the 'content'"),
         ([{"prompt": "p" * 40, "completion": "c"}], "within 32 tokens (1); raise --sequence-length"),
         ([{"prompt": "p", "completion": ""}] * 2 + [{"text": "a"}], "the completion is empty (2), no token to learn"),
@@ -259,3 +263,11 @@ def test_a_row_is_the_same_alone_and_among_others() -> None:
     one = next(row for row in found if row.index == 90)
     alone = encode_row(rows[90], tokenizer)
     assert (one.input_ids, one.counted, one.num_bytes) == (alone.input_ids, alone.counted, alone.num_bytes)
+
+
+@pytest.mark.parametrize("moving", ["{{ strftime_now('%f') }}", "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | random }}"])
+def test_a_template_that_writes_another_text_each_time_is_refused(moving: str) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = moving * 20 + BARE
+    with pytest.raises(CalibrationError, match="row 1: the chat template writes another text each time"):
+        encode_row({"messages": talk("a")}, tokenizer)

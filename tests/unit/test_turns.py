@@ -212,3 +212,68 @@ def test_what_a_template_leaves_out_is_told() -> None:
     assert lost == [TOOLS, CALLS, REASONING]
     _, lost = read("{% for m in messages if m.role != 'user' %}<{{ m.role }}>{{ m.content }}{% endfor %}", TALK)
     assert lost == [CONTENT]
+
+
+TEXTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endif %}<end>{% endfor %}" + OPENED
+)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "tool_result", "tool_use_id": "1", "content": "42 cats"},
+        {"type": "tool_use", "id": "1", "name": "find_cat", "input": {"where": "garden"}},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "where may it be"}]},
+        {"type": "refusal", "refusal": "I will not"},
+    ],
+)
+@pytest.mark.parametrize("has_template", [True, False])
+def test_parts_that_are_not_written_are_told(part: dict[str, Any], has_template: bool) -> None:
+    messages = [user("a"), {"role": "user", "content": [{"type": "text", "text": "b"}, part]}, told("c")]
+    spans, lost = read(TEXTS if has_template else "", messages)
+    assert spans == (["c<end>"] if has_template else ["c"])
+    assert lost == [CONTENT]
+    messages[1]["content"] = [{"type": "text", "text": "b"}]
+    assert read(TEXTS if has_template else "", messages)[1] == []
+
+
+@pytest.mark.parametrize("thought", [[{"type": "text", "text": "it is there"}], {"text": "it is there"}, "it is there"])
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "reasoning_details", "thinking"])
+def test_reasoning_of_any_form_that_is_not_written_is_told(key: str, thought: Any) -> None:
+    assert read(TEXTS, [user("a"), told("b", **{key: thought})]) == (["b<end>"], [REASONING])
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_words_that_a_template_cuts_off_are_told(role: str) -> None:
+    cut = PLAIN.replace("{{ m.content }}", "{{ m.content[:12] if m.role == '" + role + "' else m.content }}")
+    messages = [{"role": name, "content": f"this is what the {name} says"} for name in ("system", "user")]
+    messages += [told("this is what the assistant says"), {"role": "tool", "content": "this is what it says"}, TALK[1]]
+    assert read(PLAIN, messages)[1] == []
+    assert read(cut, messages)[1] == [CONTENT]
+
+
+def test_white_space_and_json_of_contents_are_the_templates_to_set() -> None:
+    loose = "{% for m in messages %}<{{ m.role }}>{{ m.content.split() | join('\n') }}<end>{% endfor %}"
+    assert read(loose, [user("one  two"), told("three")])[1] == []
+    as_json = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    assert read(as_json, [user('one "two"\nthree'), told("four")])[1] == []
+
+
+@pytest.mark.parametrize("template", [PLAIN + OPENED, real("qwen2_5"), ""])
+def test_a_message_of_weight_0_is_not_learned(template: str) -> None:
+    messages = [dict(message) for message in TALK]
+    every, _ = read(template, messages)
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    assert read(template, messages) == (every[1:], [])
+
+
+def test_a_marked_message_of_weight_0_is_not_learned() -> None:
+    marked = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>"
+        "{% endgeneration %}{% else %}{{ m.content }}<end>{% endif %}{% endfor %}" + OPENED
+    )
+    messages = [dict(message) for message in TALK]
+    messages[3]["weight"] = 0
+    assert read(marked, messages)[0] == ["The cat sat.<end>", "A bird sang.<end>"]
