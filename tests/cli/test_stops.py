@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,10 @@ def test_handlers_of_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_child_ends_with_the_command(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_child_ends_with_the_command(number: signal.Signals, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     file = tmp_path / "pid"
+    # the tests themselves may run under nohup
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
 
     def send() -> None:
         while not (file.exists() and file.read_text()):
