@@ -32,6 +32,8 @@ def find_orders(directory: Path, config: Mapping[str, Any], headers: Headers) ->
             yield Problem(at, f"is {value!r:.24}{held}", "restore it")
         elif is_whole and _THINGS.fullmatch(key) and value > _MOST_THINGS:
             yield Problem(at, f"is {value!r:.24}, and no model has more than {_MOST_THINGS:,}", "restore it")
+        elif is_whole and abs(value) >= 2**63:
+            yield Problem(at, f"is {value!r:.24}..., too large for any number of a model", "restore it")
         elif isinstance(value, float) and value != value:
             yield Problem(at, "is NaN, no number", "restore it")
         elif isinstance(value, str) and "implementation" in f"{place}{key}" and re.search(r"[/:]", value):

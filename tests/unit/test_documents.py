@@ -113,6 +113,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(dense):
         ({"rope_parameters": []}, "transformers cannot"),
         ({"rope_scaling": {"rope_type": "dynamite"}}, r"does not know rope_scaling.rope_type 'dynamite'"),
         ({"dtype": "float99"}, "does not know dtype 'float99'"),
+        ({"attention_bias": 10**400}, r"attention_bias: is 10{23}\.\.\., too large for any number of a model"),
         ({"num_labels": 10**9}, "num_labels: is 1000000000, and no model has more than 100,000"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: is NaN"),
         ({"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}}, "rope_theta: is NaN"),
