@@ -27,14 +27,14 @@ from rich.table import Table
 
 import modmoe
 from modmoe.adapters import CONFIGS, solve_budget
-from modmoe.adapters.methods import METHODS
+from modmoe.adapters.table import METHODS
 from modmoe.errors import AdapterError
-from modmoe.finetune.data import Collator, training_set
-from modmoe.finetune.evaluate import evaluate_model
-from modmoe.finetune.train import training_arguments
-from modmoe.finetune.trainer import DivergedError, ModularTrainer
-from modmoe.loading import load, load_tokenizer
-from modmoe.recipe import make_recipe
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.recipe.schema import make_recipe
+from modmoe.training.data import Collator, training_set
+from modmoe.training.evaluation.task_loss import evaluate_model
+from modmoe.training.run import training_arguments
+from modmoe.training.trainer import DivergedError, ModularTrainer
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 # the default net has more parameters than a model as small as these

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modmoe
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.methods import METHODS
-from modmoe.adapters.passes import Frame, Pass
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.passes import Frame, Pass
+from modmoe.adapters.table import METHODS
 
 # (name, method, settings beyond r and num_experts, bound over plain N r, bound over plain r)
 VARIANTS: list[tuple[str, str, dict[str, Any], float | None, float | None]] = [

@@ -31,17 +31,17 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 import modmoe
-from modmoe.analyze.activations import activation_features
-from modmoe.analyze.balance import assign_balanced
-from modmoe.analyze.calibration import load_task, token_batches
-from modmoe.analyze.kmeans import balanced_kmeans, cut_by_keys, improve, key_features
-from modmoe.analyze.partition import cut_layers
-from modmoe.analyze.profile import profile_model
-from modmoe.analyze.stream import WholeModel
-from modmoe.checkpoint import Checkpoint
-from modmoe.families import FAMILIES, family_of
-from modmoe.ffn import FFNWeights, read_ffn
-from modmoe.loading import load, load_tokenizer
+from modmoe.analysis.balance import assign_balanced
+from modmoe.analysis.partitions.activations import activation_features
+from modmoe.analysis.partitions.kmeans import balanced_kmeans, cut_by_keys, improve, key_features
+from modmoe.analysis.partitions.table import cut_layers
+from modmoe.analysis.passes.stream import WholeModel
+from modmoe.analysis.profile import profile_model
+from modmoe.analysis.text.calibration import load_task, token_batches
+from modmoe.models.families import FAMILIES, family_of
+from modmoe.models.ffn_layout import FFNWeights, read_ffn
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.storage.checkpoint import Checkpoint
 
 try:
     from k_means_constrained import KMeansConstrained

@@ -38,10 +38,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modmoe
-from modmoe import shards
-from modmoe.checkpoint import INDEX, Checkpoint, CheckpointWriter, write_json
-from modmoe.convert.plan import Const, Copy, Op, Plan, Take
-from modmoe.staging import open_output
+from modmoe.storage import shards
+from modmoe.storage.checkpoint import INDEX, Checkpoint, CheckpointWriter, write_json
+from modmoe.storage.plan import Const, Copy, Op, Plan, Take
+from modmoe.storage.staging import open_output
 
 WIDTH, NEURONS, VOCABULARY = 2048, 8192, 8016  # the last is a layer's part of Llama 3.2 1B's 128256 tokens
 TIME_BOUND, MEMORY_BOUND = 1.7, 2.0

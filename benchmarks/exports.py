@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 import modmoe
-from modmoe import steps
+from modmoe import api
 from modmoe.demo.corpus import write_task_files
 from modmoe.demo.run import MODEL
-from modmoe.loading import load
+from modmoe.models.loading import load
 
 HERE = Path(__file__).resolve().parent
 CONVERTER = HERE.parent / "build" / "llama_cpp" / "llama.cpp" / "convert_hf_to_gguf.py"
@@ -94,15 +94,15 @@ def write_wide(directory: Path, width: int, layers: int) -> Path:
 def write_forms(dense: Path, home: Path, tasks: dict[str, str], num_modules: int) -> dict[str, Path]:
     """Convert a dense model to an expert a task, each with half of the modules, and write every form of it."""
     options: dict[str, Any] = {"num_modules": num_modules, "modules_per_expert": num_modules // 2, "tokens": 2048}
-    steps.convert(dense, home / "converted", tasks=tasks, routing="token", **options)
+    api.convert(dense, home / "converted", tasks=tasks, routing="token", **options)
     forms = {"dense": dense}
     for form in ("tied", "packed", "native"):
         client = "llama.cpp" if form == "native" else "transformers"
-        made = steps.export(home / "converted", home / form, form=form, client=client, verify=False)
+        made = api.export(home / "converted", home / form, form=form, client=client, verify=False)
         forms[f"native {made['target']}" if form == "native" else form] = home / form
     for name in tasks:
         forms[f"dense, {name}"] = home / f"dense-{name}"
-        steps.export(home / "converted", forms[f"dense, {name}"], form="dense", expert=name, verify=False)
+        api.export(home / "converted", forms[f"dense, {name}"], form="dense", expert=name, verify=False)
     return forms
 
 

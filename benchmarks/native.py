@@ -29,14 +29,14 @@ import modmoe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modmoe.accounting import tensor_bytes
-from modmoe.checkpoint import Checkpoint
 from modmoe.errors import ExportError
-from modmoe.export import reload
-from modmoe.export.verify import TOLERANCES
-from modmoe.loading import load
-from tests import native_models
-from tests.native_models import CASES, NEW_TOKENS, PAIRS, SOURCES, sample_ids
+from modmoe.formats.proof import reload
+from modmoe.formats.proof.verify import TOLERANCES
+from modmoe.models.counts import tensor_bytes
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support import native_models
+from tests.support.native_models import CASES, NEW_TOKENS, PAIRS, SOURCES, sample_ids
 
 TYPES = ("float32", "bfloat16")
 MODULES = 86  # of a model that is given: its neurons must be a multiple, as 172 are

@@ -42,15 +42,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import modmoe
-from modmoe.analyze.activations import cut_by_activations
-from modmoe.analyze.bylayer import ByLayer
-from modmoe.analyze.calibration import Batch, load_task, token_batches
-from modmoe.analyze.partition import Partition
-from modmoe.analyze.profile import ActivationProfile, profile_model
-from modmoe.analyze.stream import Turn, WholeModel, frozen, run_body
-from modmoe.checkpoint import Checkpoint
-from modmoe.families import FAMILIES, Family
-from modmoe.loading import load, load_tokenizer
+from modmoe.analysis.partitions.activations import cut_by_activations
+from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.passes.by_layer import ByLayer
+from modmoe.analysis.passes.stream import Turn, WholeModel, frozen, run_body
+from modmoe.analysis.profile import ActivationProfile, profile_model
+from modmoe.analysis.text.calibration import Batch, load_task, token_batches
+from modmoe.models.families import FAMILIES, Family
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.storage.checkpoint import Checkpoint
 
 # (hidden size, neurons, layers)
 COST_SIZES = {"small": (768, 2304, 12), "wide": (2048, 5632, 2)}

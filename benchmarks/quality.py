@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 import modmoe
-from modmoe.analyze.calibration import load_task
-from modmoe.finetune.evaluate import evaluate
-from modmoe.finetune.train import finetune
+from modmoe.analysis.text.calibration import load_task
 from modmoe.modeling.modular_ffn import ModularFFN
-from modmoe.recipe import make_recipe
+from modmoe.recipe.schema import make_recipe
+from modmoe.training.evaluation.task_loss import evaluate
+from modmoe.training.run import finetune
 
 _ROUTED = {"assignment.method": "modules", "router.compensation": True}
 _NARROW = {"partition.num_modules": "double"}

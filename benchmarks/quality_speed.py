@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import modmoe
-from modmoe.loading import load, load_tokenizer
+from modmoe.models.loading import load, load_tokenizer
 
 ROUNDS, TOKENS = 7, 48
 PROMPT = "Once upon a time"

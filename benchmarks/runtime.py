@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import modmoe
-from modmoe.convert.assignment import assign_at_random, seriate
+from modmoe.conversion.modular.assignment import assign_at_random, seriate
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import RoutingState
 

@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 import modmoe
-from modmoe.analyze.calibration import load_task
-from modmoe.convert.cmoe import markers
-from modmoe.loading import load, load_tokenizer
+from modmoe.analysis.text.calibration import load_task
+from modmoe.conversion.splits.cmoe import markers
+from modmoe.models.loading import load, load_tokenizer
 
 CV_LIMIT = 0.6
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 
@@ -43,7 +43,7 @@ def analyze(
 ) -> None:
     """Run each task's text through a dense model, measure its FFNs and cut them into modules."""
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        result = steps.analyze(
+        result = api.analyze(
             source,
             output,
             recipe,

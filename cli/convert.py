@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.cli.estimates import estimate_words
@@ -166,7 +166,7 @@ def convert(
         given = [flag for flag, value in chosen.items() if value is not None]
         if len(given) > 1:
             raise RecipeError(f"{' and '.join(given)}: give one of them; each sets the size of an expert.")
-        result = steps.convert(
+        result = api.convert(
             source,
             output,
             recipe,

@@ -6,9 +6,9 @@ import os
 import platform
 from typing import Any
 
-import modmoe
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.version import __version__
 
 EPILOG = flags.examples("modmoe env", "modmoe env --json")
 
@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     return {
-        "modmoe": modmoe.__version__,
+        "modmoe": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.errors import RecipeError
@@ -69,7 +69,7 @@ def evaluate(
         }.items():
             if number < 1:
                 raise RecipeError(f"{flag}: {number} is not above 0.")
-        result = steps.evaluate(
+        result = api.evaluate(
             source,
             tasks,
             baseline=baseline,

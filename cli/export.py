@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 
@@ -26,7 +26,7 @@ def export(
     file_format: Annotated[
         str, typer.Option("--format", metavar="safetensors", help="The format of the weight files.")
     ] = "safetensors",
-    form: Annotated[str, typer.Option(metavar="|".join(steps.FORMS), help="What is written; see above.")] = "tied",
+    form: Annotated[str, typer.Option(metavar="|".join(api.FORMS), help="What is written; see above.")] = "tied",
     target: Annotated[
         str,
         typer.Option(
@@ -35,7 +35,7 @@ def export(
         ),
     ] = "auto",
     client: Annotated[
-        str, typer.Option("--for", metavar="|".join(steps.CLIENTS), help="The program that a native export is for.")
+        str, typer.Option("--for", metavar="|".join(api.CLIENTS), help="The program that a native export is for.")
     ] = "transformers",
     expert: Annotated[
         str | None,
@@ -44,7 +44,7 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="|".join(steps.DTYPES), help="Type of the weights; by default as they are.")
+        str | None, typer.Option(metavar="|".join(api.DTYPES), help="Type of the weights; by default as they are.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that one weight file holds.")] = "5GB",
     verify: Annotated[
@@ -74,14 +74,14 @@ def export(
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         flags.choose("--format", file_format, ("safetensors",))
-        flags.choose("--form", form, steps.FORMS)
-        flags.choose("--for", client, steps.CLIENTS)
+        flags.choose("--form", form, api.FORMS)
+        flags.choose("--for", client, api.CLIENTS)
         if dtype is not None:
-            flags.choose("--dtype", dtype, steps.DTYPES)
+            flags.choose("--dtype", dtype, api.DTYPES)
         if device is not None:
             flags.choose("--device", device, ("auto", "cpu", "cuda"))
         flags.parse_size("--max-shard-size", max_shard_size)
-        result = steps.export(
+        result = api.export(
             source,
             output,
             form=form,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console, is_first_process
 from modmoe.cli.estimates import estimate_words
@@ -85,7 +85,7 @@ def finetune(
 ) -> None:
     """Train a converted model on the tasks' text."""
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        result = steps.finetune(
+        result = api.finetune(
             source,
             output,
             recipe,
@@ -134,6 +134,6 @@ def _can_export(output: str) -> bool:
     """Return whether ``modmoe export`` takes what was written: a dense model or a native mixture is whole as it is."""
     if not is_first_process() or not (Path(output) / "config.json").is_file():
         return True
-    from modmoe.loading import is_tied
+    from modmoe.models.loading import is_tied
 
     return is_tied(Path(output))

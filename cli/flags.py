@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from modmoe.errors import ModmoeError, RecipeError, did_you_mean
-from modmoe.keywords import KEYWORDS
+from modmoe.recipe.keywords import KEYWORDS
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A local directory or a Hub id.")]
 Output = Annotated[
@@ -155,7 +155,7 @@ def task_words(tasks: Mapping[str, str] | None, recipe: str | None) -> list[str]
 
 def parse_size(flag: str, text: str) -> int:
     """Return the bytes of a size such as 4GB, 500MB or 2GiB; RecipeError for anything else."""
-    from modmoe.checkpoint import parse_bytes
+    from modmoe.storage.checkpoint import parse_bytes
 
     return parse_bytes(text, flag)
 

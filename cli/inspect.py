@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.cli.progress import size_words, time_words
@@ -31,7 +31,7 @@ def inspect(
     the share of an expert's modules that another expert has too.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        result = steps.inspect(directory)
+        result = api.inspect(directory)
         shown = _shown_dense(result) if _is_dense(result) else result
         console.finish(result, title=directory, shown=shown, picture=lambda: draw_tree(result, directory))
 

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from modmoe import __version__
 from modmoe.cli import (
     analyze,
     convert,
@@ -42,6 +41,7 @@ from modmoe.errors import (
     is_failure,
     visible,
 )
+from modmoe.version import __version__
 
 app = typer.Typer(
     name="modmoe",

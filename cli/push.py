@@ -37,7 +37,7 @@ def push(
     The token is the one that `hf auth login` or HF_TOKEN set.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        from modmoe.export.hub import push as run
+        from modmoe.exports.hub import push as run
 
         result = run(
             directory,

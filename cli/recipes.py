@@ -9,9 +9,9 @@ import typer
 
 from modmoe.cli import flags
 from modmoe.cli.console import Console
-from modmoe.documents import MOST_YAML_BYTES
 from modmoe.errors import RecipeError, did_you_mean
-from modmoe.files import write_file
+from modmoe.storage.documents import MOST_YAML_BYTES
+from modmoe.storage.files import write_file
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

@@ -22,8 +22,8 @@ def validate(
     verbose: flags.Verbose = False,
 ) -> None:
     """Check a recipe strictly and print it with every default filled in."""
-    from modmoe.convert.check import check_recipe
-    from modmoe.recipe import dump_recipe, load_recipe
+    from modmoe.conversion.options import check_recipe
+    from modmoe.recipe.schema import dump_recipe, load_recipe
 
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
         resolved = load_recipe(recipe, allow_code=allow_code)

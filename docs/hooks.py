@@ -136,7 +136,7 @@ def make_rows(query: str) -> str:
 
 def make_keywords(step: str) -> str:
     """Return the keywords of a step and the place in the recipe that each sets."""
-    from modmoe.steps import KEYWORDS
+    from modmoe.api import KEYWORDS
 
     rows = ["| keyword | place in the recipe |", "|---|---|"]
     return "\n".join(rows + [f"| `{name}` | `{place}` |" for name, place in KEYWORDS[step].items()])

@@ -24,7 +24,7 @@ import pyte
 from PIL import Image
 
 from modmoe.demo.run import MODEL
-from tests.browser import Browser, find_chromium
+from tests.support.browser import Browser, find_chromium
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS, LINES, SEEN = 100, 90, 36

@@ -198,7 +198,7 @@ def class_values(module: str, name: str, keys: tuple[str, ...]) -> dict[str, obj
                 found[target.id] = ast.literal_eval(value)
     for base in node.bases:
         if isinstance(base, ast.Name) and set(keys) - set(found):
-            home = "modmoe.adapters.base" if base.id == "RoutedAdapter" else module
+            home = "modmoe.adapters.mechanism.base" if base.id == "RoutedAdapter" else module
             if base.id == "RoutedAdapter" or any(getattr(other, "name", "") == base.id for other in parse(home).body):
                 found = {**class_values(home, base.id, keys), **found}
     return found
@@ -207,7 +207,7 @@ def class_values(module: str, name: str, keys: tuple[str, ...]) -> dict[str, obj
 @cache
 def adapter_table() -> dict[str, tuple[str, str, str]]:
     """Return the table of adapters: method to its module, its class and the class of its settings."""
-    tree = parse("modmoe.adapters.methods")
+    tree = parse("modmoe.adapters.table")
     homes = {
         alias.name: f"modmoe.adapters.{node.module}"
         for node in tree.body
@@ -227,7 +227,7 @@ def adapter_table() -> dict[str, tuple[str, str, str]]:
 @cache
 def kinds_of_places() -> dict[str, str]:
     """Return where adapters are attached: the kind and what the file on adapters says of it."""
-    body = parse("modmoe.adapters.base").body
+    body = parse("modmoe.adapters.mechanism.base").body
     at = next(
         i for i, node in enumerate(body) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "Kind"
     )

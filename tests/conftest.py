@@ -34,7 +34,7 @@ def few_threads() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def known_names() -> Iterator[None]:
     """Let every output that any test writes have only names by which a later run knows what to clear up."""
-    from modmoe import seal, staging
+    from modmoe.storage import seal, staging
 
     def seal_checked(directory: Path) -> None:
         assert seal.find_unknown(directory) is None, seal.find_unknown(directory)

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from modmoe.adapters.attach import attach
-from modmoe.adapters.moa import MoA, SoftMoA, SoftMoASettings, SparseMoA, SparseMoASettings
-from tests.tiny import _GATED, dense_model
+from modmoe.adapters.mechanism.attach import attach
+from modmoe.adapters.methods.moa import MoA, SoftMoA, SoftMoASettings, SparseMoA, SparseMoASettings
+from tests.support.tiny import _GATED, dense_model
 
 
 def weights(adapter: Any, x_D: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -13,7 +13,6 @@ import pytest
 
 import modmoe
 
-MOST_LINES = 400
 SHARED_FOLDERS = {"cli": "modmoe.cli", "recipes": "modmoe.recipes"}
 
 
@@ -65,17 +64,6 @@ def test_a_bare_import_is_refused(folder: str, repository: Path) -> None:
     assert f"ImportError: this package is modmoe.{folder}" in done.stderr
     done = subprocess.run([sys.executable, "-c", f"import modmoe.{folder}"], cwd="/", check=False)
     assert done.returncode == 0
-
-
-def test_no_file_is_longer_than_it_may_be(repository: Path) -> None:
-    tops = ("modmoe", "cli", "recipes", "benchmarks", "tests")
-    files = [file for top in tops for file in (repository / top).rglob("*.py")]
-    long = {str(file.relative_to(repository)): lines for file in files if (lines := count_lines(file)) > MOST_LINES}
-    assert long == {}
-
-
-def count_lines(file: Path) -> int:
-    return len(file.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.fixture(scope="module")

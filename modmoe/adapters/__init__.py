@@ -5,7 +5,8 @@ Importing this package makes the methods known to PEFT: ``get_peft_model(model, 
 """
 
 from modmoe.adapters.budget import solve_budget
-from modmoe.adapters.configs import (
+from modmoe.adapters.collections import gather_loras
+from modmoe.adapters.peft_configs import (
     CONFIGS,
     AdaMoLEConfig,
     CoMoLConfig,
@@ -23,7 +24,6 @@ from modmoe.adapters.configs import (
     SparMoEConfig,
     SparseMoAConfig,
 )
-from modmoe.adapters.gather import gather_loras
 
 __all__ = [
     "CONFIGS",

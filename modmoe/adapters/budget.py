@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from modmoe.adapters.configs import CONFIGS
-from modmoe.adapters.peft import RoutedConfig
+from modmoe.adapters.peft_binding import RoutedConfig
+from modmoe.adapters.peft_configs import CONFIGS
 from modmoe.errors import AdapterError, did_you_mean
 
 _NEAR = 0.1

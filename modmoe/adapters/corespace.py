@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import SiteShape
-from .comol import CoMoL, CoMoLSettings
+from .mechanism.base import SiteShape
+from .methods.comol import CoMoL, CoMoLSettings
 
 LoRAWeights = tuple[Tensor, Tensor, float]
 """A, [K, D]; B, [O, K]; and the factor of B A, which is lora_alpha / r."""

@@ -12,8 +12,8 @@ from typing import Any
 import transformers
 from torch import nn
 
-from .attach import attach
 from .configuration_modmoe_adapters import NAME, config_class
+from .mechanism.attach import attach
 
 _METHODS: dict[str, tuple[type, type]] = {}
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modmoe import steps
+from modmoe import api
 from modmoe.demo.corpus import DOMAINS, write_task_files
 from modmoe.errors import RecipeError
-from modmoe.files import check_file, check_name, is_page, kind_of
-from modmoe.staging import check_output, open_output
+from modmoe.storage.files import check_file, check_name, is_page, kind_of
+from modmoe.storage.staging import check_output, open_output
 
 Progress = Callable[..., None]
 
@@ -187,7 +187,7 @@ def _write_tasks(job: _Run) -> None:
 
 def _convert(job: _Run) -> None:
     with job.stage("converting"):
-        job.result["conversion"] = steps.convert(
+        job.result["conversion"] = api.convert(
             MODEL,
             job.place("converted"),
             tasks=job.files("train"),
@@ -205,7 +205,7 @@ def _convert(job: _Run) -> None:
 def _finetune(job: _Run) -> None:
     effort = job.effort
     with job.stage("fine-tuning"):
-        job.result["training"] = steps.finetune(
+        job.result["training"] = api.finetune(
             job.place("converted"),
             job.place("tuned"),
             tasks=job.files("train"),
@@ -226,8 +226,8 @@ def _finetune(job: _Run) -> None:
 
 
 def _measure(job: _Run) -> None:
-    from modmoe.finetune.evaluate import decode_speed, evaluate_model
-    from modmoe.loading import load, load_tokenizer
+    from modmoe.models.loading import load, load_tokenizer
+    from modmoe.training.evaluation.task_loss import decode_speed, evaluate_model
 
     places = {"dense": str(MODEL), "converted": job.place("converted"), "fine-tuned": job.place("tuned")}
     models: dict[str, dict[str, Any]] = {}
@@ -239,7 +239,7 @@ def _measure(job: _Run) -> None:
             found = evaluate_model(
                 model, tokenizer, job.files("held_out"), tokens=job.effort.eval_tokens, batch_size=16, seed=job.seed
             )
-            parameters = steps.inspect(place)["parameters"]
+            parameters = api.inspect(place)["parameters"]
             models[name] = {
                 "loss": {task: numbers["loss"] for task, numbers in found.items()},
                 "stored": parameters["stored"],
@@ -269,7 +269,7 @@ def _export(job: _Run) -> None:
     with job.stage("exporting"):
         for number, (name, options) in enumerate(EXPORTS.items()):
             job.progress("exporting", number, len(EXPORTS))
-            exports[name] = steps.export(
+            exports[name] = api.export(
                 job.place("tuned"), job.place(f"export-{name}"), overwrite=job.overwrite, **options
             )
         job.progress("exporting", len(EXPORTS), len(EXPORTS))
@@ -308,19 +308,19 @@ def write_demo_report(
 
     Of the models only the routers are looked at, with a little of the text that was held out.
     """
-    from modmoe.analyze.calibration import load_task
-    from modmoe.analyze.modules import load_partitions
-    from modmoe.analyze.profile import load_profiles
-    from modmoe.analyze.reading import Reading
-    from modmoe.analyze.report import write_report
-    from modmoe.analyze.routing import view_routing
-    from modmoe.analyze.run import Analysis, open_source, silent, tokenize
-    from modmoe.analyze.score import module_scores
-    from modmoe.analyze.stream import WholeModel
-    from modmoe.convert.run import make_assignments
-    from modmoe.ffn import LazyFFNs
-    from modmoe.loading import load, load_tokenizer
-    from modmoe.recipe import load_recipe
+    from modmoe.analysis.modules import load_partitions
+    from modmoe.analysis.passes.stream import WholeModel
+    from modmoe.analysis.profile import load_profiles
+    from modmoe.analysis.routing import view_routing
+    from modmoe.analysis.run import Analysis, open_source, silent, tokenize
+    from modmoe.analysis.score import module_scores
+    from modmoe.analysis.text.calibration import load_task
+    from modmoe.analysis.text.reading import Reading
+    from modmoe.conversion.modular.run import make_assignments
+    from modmoe.models.ffn_layout import LazyFFNs
+    from modmoe.models.loading import load, load_tokenizer
+    from modmoe.recipe.schema import load_recipe
+    from modmoe.reports.report import write_report
 
     recipe = load_recipe(converted / "modmoe.yaml")
     source = open_source(recipe)

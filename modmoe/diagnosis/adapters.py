@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from modmoe.adapter_config import adapter_method
-from modmoe.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, local_base, read_config
 from modmoe.diagnosis.companions import check_use
 from modmoe.diagnosis.contents import check_values
 from modmoe.diagnosis.expected import implied_model
 from modmoe.diagnosis.files import FETCH, Weights, open_file, read_json
 from modmoe.diagnosis.findings import Findings
 from modmoe.errors import ModmoeError, reason_of
-from modmoe.loading import TOKENIZER, open_tokenizer, own_code
+from modmoe.models.adapter_config import adapter_method
+from modmoe.models.loading import TOKENIZER, open_tokenizer, own_code
+from modmoe.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, local_base, read_config
 
 
 def check_adapter(directory: Path, findings: Findings, report: Any = None) -> None:

@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modmoe.adapters.methods import METHODS
-from modmoe.convert.code import own_files, write_code, write_packed_code
+from modmoe.adapters.table import METHODS
 from modmoe.diagnosis.files import Weights
 from modmoe.diagnosis.findings import Findings
-from modmoe.documents import read_object
 from modmoe.errors import CheckpointError, ModmoeError
-from modmoe.export import adapted_code
-from modmoe.kinds.forms import wrong_with
-from modmoe.kinds.orders import find_orders
-from modmoe.kinds.tokens import count_rows, find_rowless
-from modmoe.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
-from modmoe.scratch import scratch_directory
-from modmoe.tokenizer_files import place_of, template_place, try_tokenizer
+from modmoe.formats import adapter_code
+from modmoe.formats.tied_code import own_files, write_code, write_packed_code
+from modmoe.models.loading import ADAPTED_PREFIX, PACKED_PREFIX, TIED_PREFIX, load_tokenizer
+from modmoe.models.tokenizer_files import place_of, template_place, try_tokenizer
+from modmoe.storage.documents import read_object
+from modmoe.storage.kinds.forms import wrong_with
+from modmoe.storage.kinds.orders import find_orders
+from modmoe.storage.kinds.tokens import count_rows, find_rowless
+from modmoe.storage.scratch import scratch_directory
 
 _SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,7 +66,7 @@ def _written(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         return {}
     if model_type.startswith(ADAPTED_PREFIX):
         method = METHODS.get(str(config.get("adapter_method")))
-        return {} if method is None else adapted_code.code_files(method)
+        return {} if method is None else adapter_code.code_files(method)
     # what others are to execute is compared by itself
     named = {key: value for key, value in config.items() if key != "auto_map"}
     with scratch_directory("doctor") as scratch:

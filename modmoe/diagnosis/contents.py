@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modmoe.checkpoint import MANIFEST, tensor_sha256
 from modmoe.diagnosis.files import FETCH, Weights
 from modmoe.diagnosis.findings import Findings
-from modmoe.shards import adder, is_finite, run_all
+from modmoe.storage.checkpoint import MANIFEST, tensor_sha256
+from modmoe.storage.shards import adder, is_finite, run_all
 
 
 class _Read(NamedTuple):

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modmoe.accounting import routed_of
 from modmoe.diagnosis.files import FETCH, Weights
 from modmoe.diagnosis.findings import Findings
 from modmoe.errors import ModmoeError, reason_of
-from modmoe.families import layers_of
-from modmoe.implied import Fit, compare, model_names, quiet
-from modmoe.kinds.check import find_problems
-from modmoe.kinds.headers import Headers
-from modmoe.loading import TIED_PREFIX, own_code, skeleton
-from modmoe.scratch import scratch_directory
+from modmoe.models.counts import routed_of
+from modmoe.models.families import layers_of
+from modmoe.models.implied import Fit, compare, model_names, quiet
+from modmoe.models.loading import TIED_PREFIX, own_code, skeleton
+from modmoe.storage.kinds.check import find_problems
+from modmoe.storage.kinds.headers import Headers
+from modmoe.storage.scratch import scratch_directory
 
 _RESTORE = "restore config.json, or the weights that belong to it"
 

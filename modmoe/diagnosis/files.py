@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modmoe.checkpoint import INDEX, MANIFEST, SINGLE
 from modmoe.diagnosis.findings import Findings
-from modmoe.documents import MOST_HEADER_BYTES, check_links, is_plain_name, open_tensors, read_object
 from modmoe.errors import CheckpointError
-from modmoe.kinds.forms import find_lack, wrong_with
-from modmoe.kinds.headers import Header
-from modmoe.seal import MARK, is_marked
-from modmoe.shards import DTYPES
+from modmoe.storage.checkpoint import INDEX, MANIFEST, SINGLE
+from modmoe.storage.documents import MOST_HEADER_BYTES, check_links, is_plain_name, open_tensors, read_object
+from modmoe.storage.kinds.forms import find_lack, wrong_with
+from modmoe.storage.kinds.headers import Header
+from modmoe.storage.seal import MARK, is_marked
+from modmoe.storage.shards import DTYPES
 
 FETCH = "fetch it again, or write the checkpoint anew"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modmoe.checkpoint import ADAPTER_CONFIG, is_adapter
 from modmoe.diagnosis.companions import check_code, check_tokenizer
 from modmoe.diagnosis.contents import check_values
 from modmoe.diagnosis.expected import check_expected
 from modmoe.diagnosis.files import check_leftovers, open_weights, read_json, read_manifest
 from modmoe.diagnosis.findings import Findings
 from modmoe.diagnosis.modular import check_modular
-from modmoe.documents import check_files
 from modmoe.errors import CheckpointError
-from modmoe.kinds.check import find_problems
-from modmoe.kinds.forms import find_lack, find_pointers
-from modmoe.loading import is_tied_type
+from modmoe.models.loading import is_tied_type
+from modmoe.storage.checkpoint import ADAPTER_CONFIG, is_adapter
+from modmoe.storage.documents import check_files
+from modmoe.storage.kinds.check import find_problems
+from modmoe.storage.kinds.forms import find_lack, find_pointers
 
 
 def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None) -> dict[str, Any]:

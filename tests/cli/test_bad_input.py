@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modmoe.checkpoint import INDEX
 from modmoe.cli.main import run
-from tests.tiny import save_dense, write_tasks
+from modmoe.storage.checkpoint import INDEX
+from tests.support.tiny import save_dense, write_tasks
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     with pytest.MonkeyPatch.context() as patch:
         # reloading in fresh processes is slow, and what the tests of export are for
         proof = {"reloaded_without_modmoe": True, "max_abs_logit_diff": 0.0, "greedy_tokens_equal": True}
-        patch.setattr("modmoe.export.run.verify_export", lambda *_, **__: proof)
+        patch.setattr("modmoe.exports.converted.verify_export", lambda *_, **__: proof)
         patch.setenv("HF_HUB_OFFLINE", "0")
         result = demo.run(str(output), progress=lambda message, *_: said.append(message), effort=LITTLE)
         assert os.environ["HF_HUB_OFFLINE"] == "0"

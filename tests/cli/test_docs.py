@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import modmoe
-from modmoe.adapters.methods import METHODS
-from modmoe.convert.run import METHODS as CONVERSIONS
-from modmoe.steps import KEYWORDS
+from modmoe.adapters.table import METHODS
+from modmoe.api import KEYWORDS
+from modmoe.conversion.driver import METHODS as CONVERSIONS
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 ASSETS = ("link", "script", "img", "source", "iframe", "object", "embed")
@@ -95,7 +95,7 @@ def test_addresses_of_the_repository_are_well_formed(
         pytest.skip("no git here: what belongs to the repository is not known")
     assert links.main() == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    assert out.count("https://arxiv.org/abs/") > 20 and "modmoe/convert/upcycle.py" in out
+    assert out.count("https://arxiv.org/abs/") > 20 and "modmoe/conversion/upcycle.py" in out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modmoe.cli.main import run
-from tests.planned import write_tied
+from tests.support.planned import write_tied
 
 
 @pytest.fixture

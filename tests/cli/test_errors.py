@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.main import run
 from modmoe.errors import CheckpointError, PartitionError
 
@@ -144,9 +144,9 @@ def test_of_several_processes_none_ends_before_it_has_joined_the_others(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
-        steps.check_there(["no"])
+        api.check_there(["no"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    steps.check_there(["no"])
+    api.check_there(["no"])
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_which_flag_is_named(
     def convert(*_: Any, **__: Any) -> None:
         raise PartitionError(message)
 
-    monkeypatch.setattr(steps, "convert", convert)
+    monkeypatch.setattr(api, "convert", convert)
     assert fail(capsys, *f"convert a b {flags}".split()) == words
 
 
@@ -192,7 +192,7 @@ def raise_from(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[st
     def broken(*_: Any, **__: Any) -> dict[str, Any]:
         raise error
 
-    monkeypatch.setattr(steps, "inspect", broken)
+    monkeypatch.setattr(api, "inspect", broken)
     return ["inspect", "x"]
 
 

@@ -12,8 +12,8 @@ import typer
 
 from modmoe import __version__
 from modmoe.cli.main import app, run
-from modmoe.keywords import KEYWORDS
-from modmoe.recipe import Recipe
+from modmoe.recipe.keywords import KEYWORDS
+from modmoe.recipe.schema import Recipe
 
 COMMANDS = ("analyze", "convert", "finetune", "export", "push", "inspect", "doctor", "eval", "validate", "env", "demo")
 SUBCOMMANDS = (("recipes", "ls"), ("recipes", "show"), ("recipes", "cp"))

@@ -20,9 +20,9 @@ NOTEBOOK = REPOSITORY / "docs" / "tutorials" / "main-job.ipynb"
 # exports are reloaded in fresh processes by tests of their own
 LITTLE = """
 ROWS, TOKENS, STEPS = 24, 256, 2
-import modmoe.export.run
+import modmoe.exports.converted
 proof = {"reloaded_without_modmoe": True, "max_abs_logit_diff": 0.0, "greedy_tokens_equal": True}
-modmoe.export.run.verify_export = lambda *_, **__: proof
+modmoe.exports.converted.verify_export = lambda *_, **__: proof
 """
 MOST_BYTES = 400_000
 

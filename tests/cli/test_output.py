@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.console import Console, size_words
 from modmoe.cli.main import run
 
@@ -31,7 +31,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[s
         return {"loss": float("nan"), "parameters": {"dense": 1000}, "tasks": {"a": {"loss": 1.5, "tokens": 7}}}
 
     for name in ("analyze", "convert", "finetune", "export", "inspect", "evaluate"):
-        monkeypatch.setattr(steps, name, step)
+        monkeypatch.setattr(api, name, step)
     return calls
 
 
@@ -102,7 +102,7 @@ def test_what_comes_next_is_a_command_that_runs(
 def test_one_expert_is_pointed_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for count in (1, 2):
         result = {"stored_modules": [2], "num_experts": count}
-        monkeypatch.setattr(steps, "convert", lambda *_, result=result, **__: result)
+        monkeypatch.setattr(api, "convert", lambda *_, result=result, **__: result)
         assert run(["convert", "d", "out", "--task", "a=1", "--trust-remote-code"]) == 0
         err = capsys.readouterr().err
         assert ("note: there is one expert" in err) == (count == 1)
@@ -160,7 +160,7 @@ def test_every_flag_is_a_keyword_of_its_step(command: str, noisy: list[Any]) -> 
     assert run([*command.split(), "--task", "a=1", "--json"]) == 0
     own = {"report", "overwrite", "dry_run", "revision", "progress", "fit_bytes", "eval_tasks", "resume"}
     own |= {"estimate_for", "allow_code"}
-    assert set(noisy[0][1]) - own <= set(steps.KEYWORDS[command.split()[0]])
+    assert set(noisy[0][1]) - own <= set(api.KEYWORDS[command.split()[0]])
 
 
 def test_finetune_export_and_eval_flags(noisy: list[Any]) -> None:

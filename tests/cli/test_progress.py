@@ -184,7 +184,7 @@ def test_quiet_and_json_keep_stdout_for_the_result(capsys: pytest.CaptureFixture
 def test_only_the_first_of_several_processes_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from modmoe import steps
+    from modmoe import api
     from modmoe.cli.main import run
     from modmoe.errors import CheckpointError, RankError
 
@@ -201,6 +201,6 @@ def test_only_the_first_of_several_processes_speaks(
         def convert(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(steps, "convert", convert)
+        monkeypatch.setattr(api, "convert", convert)
         assert run(["convert", "a", "b"]) == 2
         assert capsys.readouterr() == ("", said)

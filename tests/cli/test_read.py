@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modmoe.cli.main import run
-from tests import tiny
+from tests.support import tiny
 
 ROWS = [{"prompt": f"{n} + 1 = ", "completion": f"{n + 1}"} for n in range(20)]
 ROWS += [{"text": f"the number {n} is here"} for n in range(20)]

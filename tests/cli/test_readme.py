@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import modmoe
-from modmoe.adapters.methods import METHODS
-from modmoe.ffn import FFNWeights
-from tests import adapted, moes, pages
+from modmoe.adapters.table import METHODS
+from modmoe.models.ffn_layout import FFNWeights
 from tests.equivalence import test_upcycle
+from tests.support import adapted, moes, pages
 
 README = pages.ROOT / "README.md"
 COMMANDS = [

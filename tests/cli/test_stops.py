@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from modmoe import scratch, steps
+from modmoe import api
 from modmoe.cli import main
 from modmoe.cli.stops import stoppable
 from modmoe.errors import CheckpointError
-from modmoe.export import child
-from modmoe.export.verify import _run_child
-from modmoe.staging import open_output
+from modmoe.formats.proof import child
+from modmoe.formats.proof.verify import _run_child
+from modmoe.storage import scratch
+from modmoe.storage.staging import open_output
 
 SLEEPER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
@@ -42,7 +43,7 @@ def test_a_signal_ends_a_command(
             time.sleep(0.2)
         return {}
 
-    monkeypatch.setattr(steps, "inspect", inspect)
+    monkeypatch.setattr(api, "inspect", inspect)
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         found = main.run(["inspect", "x"])
@@ -75,7 +76,7 @@ def test_what_a_library_makes_of_a_signal_is_the_signal(
             raise other from None
         return {}
 
-    monkeypatch.setattr(steps, "inspect", inspect)
+    monkeypatch.setattr(api, "inspect", inspect)
     assert main.run(["inspect", "x"]) == code
     assert capfd.readouterr().err == "modmoe: stopped.\n"
 
@@ -132,7 +133,7 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 def test_directories_of_killed_runs_go_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    script = "import os, signal; from modmoe.scratch import scratch_directory\n"
+    script = "import os, signal; from modmoe.storage.scratch import scratch_directory\n"
     script += "with scratch_directory('verify'): os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
     (tmp_path / "modmoe-of-the-user").mkdir()

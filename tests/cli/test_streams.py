@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli import main
 from modmoe.cli.console import Console
 from modmoe.cli.streams import PlainStream, StdoutError, json_text, plain_streams, show_steering
@@ -50,7 +50,7 @@ def test_names_from_files_are_shown_in_every_output(
         print(f"a library prints {text}")
         return result
 
-    monkeypatch.setattr(steps, "inspect", inspect)
+    monkeypatch.setattr(api, "inspect", inspect)
     assert main.run(["inspect", "x", *flag]) == 0
     out, err = capfd.readouterr()
     assert not set(out + err) & set("\x1b\x9b\x07\x00\x7f\u202e\x08")

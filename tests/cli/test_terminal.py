@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.console import Console, show
 from modmoe.cli.inspect import draw_tree
 from modmoe.cli.main import run
@@ -165,7 +165,7 @@ def test_a_dense_model_is_said_to_be_dense(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(steps, "inspect", lambda _: result)
+    monkeypatch.setattr(api, "inspect", lambda _: result)
     assert run(["inspect", "it", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert run(["inspect", "it"]) == 0

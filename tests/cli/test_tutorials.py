@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import pages
+from tests.support import pages
 
 RUN = [pages.ROOT / "README.md", *sorted((pages.ROOT / "docs" / "tutorials").glob("*.md"))]
 

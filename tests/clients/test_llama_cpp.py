@@ -18,12 +18,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.main import run
 from modmoe.errors import ExportError
-from modmoe.loading import load, load_tokenizer
-from tests import gguf_models, planned
-from tests.gguf_models import CONVERTER, Reader, by_transformers, convert
+from modmoe.models.loading import load, load_tokenizer
+from tests.support import gguf_models, planned
+from tests.support.gguf_models import CONVERTER, Reader, by_transformers, convert
 
 pytestmark = gguf_models.needs_llama_cpp
 
@@ -149,7 +149,7 @@ def agreeing(found: list[int], wanted: list[int]) -> int:
 def test_native_exports_say_what_transformers_says(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     dense, tied = case.write(tmp_path)
-    steps.export(tied, tmp_path / "native", form="native", target=case.target, client="llama.cpp", verify=False)
+    api.export(tied, tmp_path / "native", form="native", target=case.target, client="llama.cpp", verify=False)
     file = convert(tmp_path / "native", tmp_path / "native.gguf", pre_tokenizer=BYTES)
     found = compare(tmp_path / "native", load(tied if case.router else dense), file)
     assert found.same < CLOSE, found
@@ -160,7 +160,7 @@ def test_native_exports_say_what_transformers_says(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "granite"])
 def test_dense_exports_of_an_expert_say_what_transformers_says(model_type: str, tmp_path: Path) -> None:
     _, tied = Case(source=model_type, target="", shared=2, router={"routing": "task"}).write(tmp_path)
-    steps.export(tied, tmp_path / "dense-one", form="dense", expert="expert1", verify=False)
+    api.export(tied, tmp_path / "dense-one", form="dense", expert="expert1", verify=False)
     file = convert(tmp_path / "dense-one", tmp_path / "one.gguf", pre_tokenizer=BYTES)
     model = load(tied)
     model.set_expert("expert1")
@@ -172,7 +172,7 @@ def test_dense_exports_of_an_expert_say_what_transformers_says(model_type: str, 
 def export_for(tied: Path, target: str, client: str) -> Path:
     """Return a native export for a program."""
     native = tied.parent / f"{target} for {client}"
-    steps.export(tied, native, form="native", target=target, client=client, verify=False)
+    api.export(tied, native, form="native", target=target, client=client, verify=False)
     return native
 
 
@@ -246,7 +246,7 @@ class TestTraps:
     @pytest.mark.parametrize("form", ["tied", "packed"])
     def test_code_of_its_own_is_refused(self, form: str, tmp_path: Path) -> None:
         _, tied = Case(source="llama", target="", router=TOP1).write(tmp_path)
-        steps.export(tied, tmp_path / "export", form=form, verify=False)
+        api.export(tied, tmp_path / "export", form=form, verify=False)
         with pytest.raises(RuntimeError, match="the converter stopped with 1"):
             convert(tmp_path / "export", tmp_path / "no.gguf", pre_tokenizer=BYTES)
         assert not (tmp_path / "no.gguf").exists()
@@ -263,11 +263,11 @@ class TestTraps:
     ) -> None:
         gguf_models.save_dense(tmp_path / "dense", "llama", intermediate_size=128)
         options = {"num_modules": 8, "modules_per_expert": modules, "tokens": 100}
-        steps.convert(tmp_path / "dense", tmp_path / "tied", tasks=gguf_models.write_texts(tmp_path), **options)
+        api.convert(tmp_path / "dense", tmp_path / "tied", tasks=gguf_models.write_texts(tmp_path), **options)
         native = tmp_path / "native"
-        told = steps.export(
-            tmp_path / "tied", native, form="native", target="mixtral", client="llama.cpp", verify=False
-        )["warnings"]
+        told = api.export(tmp_path / "tied", native, form="native", target="mixtral", client="llama.cpp", verify=False)[
+            "warnings"
+        ]
         assert any("no multiple of 32" in line for line in told) is not quantized, told
         types = gguf_models.types_of(convert(native, tmp_path / "q8.gguf", "q8_0"))
         assert types["blk.0.ffn_down_exps.weight"] == ("Q8_0" if quantized else "F16")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.main import run
 from modmoe.errors import RecipeError
-from modmoe.loading import load
-from tests import planned, tiny
+from modmoe.models.loading import load
+from tests.support import planned, tiny
 
 needs_lm_eval = [
     pytest.mark.clients,
@@ -76,10 +76,10 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("forms")
     tiny.save_dense(home / "dense", mlp_bias=False)
     tasks = tiny.write_tasks(home / "tasks")
-    steps.convert(home / "dense", home / "tied", tasks=tasks, tokens=200, num_modules=8, modules_per_expert=8)
+    api.convert(home / "dense", home / "tied", tasks=tasks, tokens=200, num_modules=8, modules_per_expert=8)
     for form in ("native", "packed"):
-        steps.export(home / "tied", home / form, form=form, verify=False)
-    steps.convert(home / "dense", home / "adapter", method="adapters", adapter="comol", num_experts=2)
+        api.export(home / "tied", home / form, form=form, verify=False)
+    api.convert(home / "dense", home / "adapter", method="adapters", adapter="comol", num_experts=2)
     return {name: home / name for name in ("dense", "tied", "native", "packed", "adapter")}
 
 
@@ -121,7 +121,7 @@ class TestWithLmEval:
         accuracy, bits = by_hand(load(forms["dense"]), folder)
         assert 0 < accuracy < 1
         for name in ("tied", "native", "packed", "adapter"):
-            found = steps.evaluate(
+            found = api.evaluate(
                 forms[name], harness=["choose", "bits"], harness_path=folder, baseline=str(forms["dense"])
             )
             assert numbers(found["baseline"]) == pytest.approx((accuracy, bits), rel=1e-5)
@@ -149,16 +149,16 @@ class TestWithLmEval:
             found[expert] = numbers(json.loads(capsys.readouterr().out)["tasks"])
             assert found[expert] == pytest.approx(by_hand(model, folder), rel=1e-5)
         assert found["words"] != found["code"]
-        both = steps.evaluate(tied, harness=["bits"], harness_path=folder, expert="words", baseline=str(dense))
+        both = api.evaluate(tied, harness=["bits"], harness_path=folder, expert="words", baseline=str(dense))
         metric = both["tasks"]["bits"]["metrics"]["bits_per_byte"]
         bits = by_hand(load(dense), folder)[1]
         assert metric["value"] == pytest.approx(found["words"][1], rel=1e-5)
         assert metric["difference"] == pytest.approx(found["words"][1] - bits, rel=1e-4)
         fixed, adapter = tmp_path / "fixed", tmp_path / "adapter"
-        steps.export(tied, fixed, form="tied", expert="words", verify=False)
-        steps.convert(fixed, adapter, method="adapters", adapter="comol", num_experts=2)
+        api.export(tied, fixed, form="tied", expert="words", verify=False)
+        api.convert(fixed, adapter, method="adapters", adapter="comol", num_experts=2)
         for expert in (None, "code"):
-            over = steps.evaluate(adapter, harness=["choose", "bits"], harness_path=folder, expert=expert)
+            over = api.evaluate(adapter, harness=["choose", "bits"], harness_path=folder, expert=expert)
             assert numbers(over["tasks"]) == pytest.approx(found[expert or "words"], rel=1e-5)
         assert run(command) == 2
         assert "tasks.choose: is no expert of this model, which is routed by task" in capsys.readouterr().err
@@ -237,6 +237,6 @@ def test_flags_that_do_not_go_together(flags: str, words: str, capsys: pytest.Ca
 
 def test_tasks_or_harness_are_needed() -> None:
     with pytest.raises(RecipeError, match="give tasks with their text, or harness"):
-        steps.evaluate("nowhere")
+        api.evaluate("nowhere")
     with pytest.raises(RecipeError, match="harness_path and limit go with harness"):
-        steps.evaluate("nowhere", {"a": "b"}, limit=3)
+        api.evaluate("nowhere", {"a": "b"}, limit=3)

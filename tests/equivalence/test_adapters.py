@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modmoe.export.run import export
-from tests.adapted import CASES, FAMILIES, adapted_model, base_model, logits_of, token_ids, train
+from modmoe.exports.converted import export
+from tests.support.adapted import CASES, FAMILIES, adapted_model, base_model, logits_of, token_ids, train
 
 CHILD = """
 import importlib.abc, json, sys

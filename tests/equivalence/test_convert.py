@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modmoe.analyze.score import SCORES
-from modmoe.checkpoint import MANIFEST, Checkpoint, tensor_sha256
-from modmoe.convert.run import convert
-from modmoe.families import FAMILIES
-from modmoe.loading import load
-from modmoe.recipe import load_recipe, make_recipe
-from tests.tiny import save_dense, token_ids, write_tasks
+from modmoe.analysis.score import SCORES
+from modmoe.conversion.driver import convert
+from modmoe.models.families import FAMILIES
+from modmoe.models.loading import load
+from modmoe.recipe.schema import load_recipe, make_recipe
+from modmoe.storage.checkpoint import MANIFEST, Checkpoint, tensor_sha256
+from tests.support.tiny import save_dense, token_ids, write_tasks
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,17 @@ import torch
 import transformers
 
 import modmoe
-from modmoe.analyze.calibration import Batch
-from modmoe.checkpoint import MANIFEST, Checkpoint, read_config
-from modmoe.convert import expert_run, experts
-from modmoe.convert.expert_stats import ExpertStats, measure_experts
+from modmoe.analysis.text.calibration import Batch
+from modmoe.conversion.reduce_experts import reduction, run
+from modmoe.conversion.reduce_experts.statistics import ExpertStats, measure_experts
 from modmoe.errors import CheckpointError, ExportError, RecipeError
-from modmoe.export import reload, verify
-from modmoe.inspection import inspect
-from modmoe.loading import load
-from modmoe.recipe import ExpertsRecipe, load_recipe, make_recipe
-from tests import moes, reference_experts, tied, tiny
+from modmoe.formats.proof import reload, verify
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.recipe.schema import ExpertsRecipe, load_recipe, make_recipe
+from modmoe.storage.checkpoint import MANIFEST, Checkpoint, read_config
+from tests import reference_experts
+from tests.support import moes, tied, tiny
 
 FAMILIES = sorted(moes.CONFIGS)
 LEFT = 3
@@ -57,7 +58,7 @@ def measured(model_type: str) -> tuple[dict[int, ExpertStats], dict[int, dict[st
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("score", sorted(set(experts.SCORES) - {"random"}))
+@pytest.mark.parametrize("score", sorted(set(reduction.SCORES) - {"random"}))
 def test_a_score_is_that_of_the_loop(model_type: str, score: str) -> None:
     found, wanted = measured(model_type)
     assert found.keys() == wanted.keys()
@@ -65,10 +66,10 @@ def test_a_score_is_that_of_the_loop(model_type: str, score: str) -> None:
         loop = wanted[layer]
         by_hand = [reference_experts.score(score, *pair) for pair in zip(loop["gates"], loop["norms"], strict=True)]
         torch.testing.assert_close(
-            experts.SCORES[score](stats, 0), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6, atol=1e-9
+            reduction.SCORES[score](stats, 0), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6, atol=1e-9
         )
         ranking = sorted(range(moes.EXPERTS), key=lambda expert: -by_hand[expert])
-        choice = experts.choose(stats, ExpertsRecipe(num_experts=LEFT, score=score), 0)
+        choice = reduction.choose(stats, ExpertsRecipe(num_experts=LEFT, score=score), 0)
         assert [group for (group,) in choice.groups] == sorted(ranking[:LEFT])
 
 
@@ -80,7 +81,7 @@ def test_clusters_are_those_of_the_loop(model_type: str) -> None:
         means = wanted[layer]["means"]
         torch.testing.assert_close(stats.output_ED / stats.tokens, torch.stack(means).double(), rtol=1e-6, atol=1e-9)
         for left in (1, 2, 4, moes.EXPERTS):
-            choice = experts.choose(stats, ExpertsRecipe(num_experts=left, assignment="merge"), 0)
+            choice = reduction.choose(stats, ExpertsRecipe(num_experts=left, assignment="merge"), 0)
             assert sorted(map(list, choice.groups)) == reference_experts.clusters(means, left)
             counts = [len(norms) for norms in wanted[layer]["norms"]]
             for group, shares in zip(choice.groups, choice.shares, strict=True):
@@ -95,7 +96,7 @@ def test_clusters_of_any_outputs_are_those_of_the_loop() -> None:
         means = torch.randn(9, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         stats = ExpertStats(torch.tensor(2.0, dtype=torch.float64), ones, ones, ones, ones, 2 * means)
         for left in (2, 3, 5):
-            choice = experts.choose(stats, ExpertsRecipe(num_experts=left, assignment="merge"), 0)
+            choice = reduction.choose(stats, ExpertsRecipe(num_experts=left, assignment="merge"), 0)
             assert sorted(map(list, choice.groups)) == reference_experts.clusters(list(means), left)
 
 
@@ -115,8 +116,8 @@ def test_experts_that_no_token_goes_to_are_last_and_count_alike() -> None:
     some = torch.tensor([0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     output_ED = torch.tensor([[0.0], [9.0], [0.1], [9.1]], dtype=torch.float64)
     stats = ExpertStats(torch.tensor(3.0), some, some, some, some, output_ED)
-    assert experts.choose(stats, ExpertsRecipe(num_experts=3, score="reap"), 0).groups == ((0,), (1,), (3,))
-    merged = experts.choose(stats, ExpertsRecipe(num_experts=2, assignment="merge"), 0)
+    assert reduction.choose(stats, ExpertsRecipe(num_experts=3, score="reap"), 0).groups == ((0,), (1,), (3,))
+    merged = reduction.choose(stats, ExpertsRecipe(num_experts=2, assignment="merge"), 0)
     assert dict(zip(merged.groups, merged.shares, strict=True)) == {(0, 2): (0.5, 0.5), (1, 3): (2 / 3, 1 / 3)}
 
 
@@ -139,7 +140,7 @@ def reduce(source: Path, output: Path, tasks: dict[str, str], **keys: Any) -> di
             **places,
         }
     )
-    return expert_run.reduce_experts(recipe, str(output), prove=lambda *_: {}, write_card=lambda *_: None)
+    return run.reduce_experts(recipe, str(output), prove=lambda *_: {}, write_card=lambda *_: None)
 
 
 @pytest.mark.parametrize("assignment", ["prune", "merge"])
@@ -228,10 +229,10 @@ def test_a_checkpoint_that_is_not_what_was_chosen_is_not_left(
     tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = moes.save_moe(tmp_path / "source", "mixtral")
-    right = expert_run.experts_plan
+    right = run.experts_plan
 
     def wrong(checkpoint: Any, blocks: Any, choices: Any, top_k: int) -> Any:
-        moved = [experts.keep([(expert + 1) % moes.EXPERTS for (expert,) in choice.groups]) for choice in choices]
+        moved = [reduction.keep([(expert + 1) % moes.EXPERTS for (expert,) in choice.groups]) for choice in choices]
         return right(checkpoint, blocks, moved, top_k)
 
     def reload_here(job: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -243,7 +244,7 @@ def test_a_checkpoint_that_is_not_what_was_chosen_is_not_left(
     monkeypatch.setattr(verify, "_reload", reload_here)
     asked = {"method": "experts", "num_experts": 4, "tasks": tasks, "tokens": 200, "device": "cpu"}
     assert modmoe.convert(source, tmp_path / "right", **asked)["verified"]["max_abs_logit_diff"] == 0
-    monkeypatch.setattr(expert_run, "experts_plan", wrong)
+    monkeypatch.setattr(run, "experts_plan", wrong)
     with pytest.raises(ExportError, match="differ from the model's"):
         modmoe.convert(source, tmp_path / "out", **asked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "source"]
@@ -263,7 +264,7 @@ def test_fewer_experts_than_a_token_had(
 def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
     stats = measured("olmoe")[0][0]
     wanted = ExpertsRecipe(num_experts=LEFT, score="random")
-    found = [experts.choose(stats, wanted, seed) for seed in (1, 1, 2, 3, 4)]
+    found = [reduction.choose(stats, wanted, seed) for seed in (1, 1, 2, 3, 4)]
     assert found[0] == found[1]
     assert len(set(found)) > 2
 

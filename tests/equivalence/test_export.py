@@ -13,18 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modmoe.checkpoint import INDEX, Checkpoint, CheckpointWriter
-from modmoe.convert.plan import Plan
 from modmoe.errors import ExportError
-from modmoe.export.dense import dense_plan, family_of_tied
-from modmoe.export.native import native_export
-from modmoe.export.run import export
-from modmoe.export.tied import CODE_FILES, tied_plan
-from modmoe.families import FAMILIES
-from modmoe.loading import load
+from modmoe.exports.converted import export
+from modmoe.formats.dense import dense_plan, family_of_tied
+from modmoe.formats.native.plan import native_export
+from modmoe.formats.tied import CODE_FILES, tied_plan
 from modmoe.modeling.configuration_modmoe import ModularFields
-from tests.export_models import EXPERTS, OWN_CODE, write_own, write_tied
-from tests.tiny import token_ids
+from modmoe.models.families import FAMILIES
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import INDEX, Checkpoint, CheckpointWriter
+from modmoe.storage.plan import Plan
+from tests.support.export_models import EXPERTS, OWN_CODE, write_own, write_tied
+from tests.support.tiny import token_ids
 
 NO_BIAS = {"mlp_bias": False}
 LLAMA3_ROPE = {
@@ -235,7 +235,7 @@ def test_the_code_of_a_tied_export_goes_wherever_transformers_saves_it(tmp_path)
 
 
 def test_an_export_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
-    from modmoe.export import verify
+    from modmoe.formats.proof import verify
 
     tied = write_tied(tmp_path, "mistral")
 

@@ -12,15 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from modmoe.checkpoint import Checkpoint
 from modmoe.errors import ExportError
-from modmoe.export import reload, verify
-from modmoe.export.native import native_export
-from modmoe.export.native_gates import Gate, choose_gate, router_factor
-from modmoe.export.native_targets import CLIENTS, TARGETS
-from modmoe.export.run import export
-from modmoe.loading import load
-from tests.native_models import (
+from modmoe.exports.converted import export
+from modmoe.formats.native.gates import Gate, choose_gate, router_factor
+from modmoe.formats.native.plan import native_export
+from modmoe.formats.native.targets import CLIENTS, TARGETS
+from modmoe.formats.proof import reload, verify
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.native_models import (
     CASES,
     NEW_TOKENS,
     PAIRS,
@@ -30,8 +30,8 @@ from tests.native_models import (
     tied_models,
     write_export,
 )
-from tests.native_models import rows as every_row
-from tests.tiny import token_ids
+from tests.support.native_models import rows as every_row
+from tests.support.tiny import token_ids
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -198,7 +198,7 @@ def test_llama_cpp_computes_a_qwen2_moe_layer_as_the_tied_one(tied):
 
 
 def test_a_single_expert_is_piled_up_too(tmp_path):
-    from tests import planned
+    from tests.support import planned
 
     single = members("core")[:1]
     _, directory = planned.write_tied(tmp_path, "granite", members_EM=single, changes={"mlp_bias": False})
@@ -236,13 +236,13 @@ def test_an_export_tells_sizes_and_reasons_and_is_proved(tied, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (0.8, False)])
 def test_a_wrong_factor_is_beyond_the_tolerance(tied, tmp_path, monkeypatch, factor, holds):
-    from modmoe.export import native_model
+    from modmoe.formats.native import model
 
     def changed(*arguments, **options):
         gate = choose_gate(*arguments, **options)
         return dataclasses.replace(gate, own=gate.own * factor)
 
-    monkeypatch.setattr(native_model, "choose_gate", changed)
+    monkeypatch.setattr(model, "choose_gate", changed)
     directory = tied("mistral", "union of three")
     made = native_export(Checkpoint(directory), "mixtral")
     write_export(tmp_path / "out", directory, "mixtral")

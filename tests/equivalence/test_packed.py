@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modmoe.checkpoint import Checkpoint
 from modmoe.errors import ExportError
-from modmoe.export.packed import packed_plan, packed_warnings
-from modmoe.export.run import export
-from modmoe.inspection import inspect
-from modmoe.loading import is_tied
-from tests import planned
+from modmoe.exports.converted import export
+from modmoe.formats.packed import packed_plan, packed_warnings
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import is_tied
+from modmoe.storage.checkpoint import Checkpoint
 from tests.equivalence.test_export import relative_difference, run_without_modmoe
-from tests.export_models import write_own
-from tests.packed_models import FAMILIES, ROUTERS, load_both, write_packed
+from tests.support import planned
+from tests.support.export_models import write_own
+from tests.support.packed_models import FAMILIES, ROUTERS, load_both, write_packed
 
 CASES = [*((family, "union2") for family in FAMILIES), *(("mistral", router) for router in ROUTERS)]
 

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modmoe.checkpoint import Checkpoint
-from modmoe.loading import load
 from modmoe.modeling import packed_modmoe
-from tests import planned
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import Checkpoint
 from tests.equivalence.test_export import relative_difference
-from tests.packed_models import FAMILIES, ROUTERS, load_both, write_packed
-from tests.tiny import token_ids
+from tests.support import planned
+from tests.support.packed_models import FAMILIES, ROUTERS, load_both, write_packed
+from tests.support.tiny import token_ids
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modmoe.convert.run import convert
-from modmoe.export.run import export
-from modmoe.finetune.evaluate import evaluate
-from modmoe.loading import load, load_tokenizer
-from modmoe.recipe import make_recipe
+from modmoe.conversion.driver import convert
+from modmoe.exports.converted import export
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.recipe.schema import make_recipe
+from modmoe.training.evaluation.task_loss import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modmoe.families import FAMILIES
-from modmoe.loading import load
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import Pass, Within
-from tests.packed_models import write_packed
-from tests.planned import EXPERTS, NUM_MODULES, load_pair
+from modmoe.models.families import FAMILIES
+from modmoe.models.loading import load
 from tests.reference import tied_ffn
-from tests.tiny import token_ids, tokenizer
+from tests.support.packed_models import write_packed
+from tests.support.planned import EXPERTS, NUM_MODULES, load_pair
+from tests.support.tiny import token_ids, tokenizer
 
 ROUTINGS = ("token", "sequence", "task")
 COMBINED = (("union", 1), ("union", 2), ("sum", 2))

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 
 from modmoe.modeling import routing_modmoe
-from tests.packed_models import load_both, write_packed
-from tests.planned import load_pair, write_tied
-from tests.tiny import token_ids
+from tests.support.packed_models import load_both, write_packed
+from tests.support.planned import load_pair, write_tied
+from tests.support.tiny import token_ids
 
 ROUTINGS = ("token", "sequence", "task")
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 258, "eos_token_id": None}

@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import modmoe
-from modmoe.checkpoint import MANIFEST, Checkpoint
-from modmoe.convert import upcycle
-from modmoe.convert.check import check_recipe
+from modmoe.conversion import upcycle
+from modmoe.conversion.options import check_recipe
 from modmoe.errors import ModmoeError
-from modmoe.export.native import native_export
-from modmoe.export.native_targets import TARGETS
-from modmoe.inspection import inspect
-from modmoe.loading import load
-from modmoe.recipe import load_recipe, make_recipe
-from tests.native_models import SOURCES
-from tests.tiny import save_dense, token_ids
+from modmoe.formats.native.plan import native_export
+from modmoe.formats.native.targets import TARGETS
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.recipe.schema import load_recipe, make_recipe
+from modmoe.storage.checkpoint import MANIFEST, Checkpoint
+from tests.support.native_models import SOURCES
+from tests.support.tiny import save_dense, token_ids
 
 FORMATS = {
     "llama": "mixtral",

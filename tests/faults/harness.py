@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modmoe.seal import MARK, seal
+from modmoe.storage.seal import MARK, seal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTPUT = "out"

@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from modmoe.seal import SEAL
+from modmoe.storage.seal import SEAL
 from tests.faults.harness import Server
 
 Snapshot = dict[str, tuple[str, str]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.fake_hub import TOKEN, FakeHub
 from tests.faults.harness import CODES, SIGNALS, Figures, Server, tree_of
+from tests.support.fake_hub import TOKEN, FakeHub
 
 REPO = "me/model"
 NAME = "push"

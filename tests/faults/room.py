@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import planned, tiny
+from tests.support import planned, tiny
 
 
 def make(root: Path) -> None:
     """Write ``dense``, ``tied``, ``adapter`` and ``tasks`` into ``root``."""
-    from modmoe import steps
+    from modmoe import api
 
     # no biases, so that every form can hold it
     planned.write_tied(root, "llama", changes={"mlp_bias": False, "initializer_range": 0.05})
     tiny.write_tasks(root / "tasks", rows=11)
-    steps.convert(str(root / "dense"), str(root / "adapter"), method="adapters", adapter="molora")
+    api.convert(str(root / "dense"), str(root / "adapter"), method="adapters", adapter="molora")

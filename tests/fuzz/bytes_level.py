@@ -25,12 +25,12 @@ except ImportError:
     atheris = None
 
 with (
-    atheris.instrument_imports(include=["modmoe.documents", "modmoe.analyze.rows", "yaml"])
+    atheris.instrument_imports(include=["modmoe.storage.documents", "modmoe.analysis.text.rows", "yaml"])
     if atheris
     else nullcontext()
 ):
-    from modmoe.analyze.rows import read_rows
-    from modmoe.documents import YamlError, open_tensors, parse_yaml, read_object
+    from modmoe.analysis.text.rows import read_rows
+    from modmoe.storage.documents import YamlError, open_tensors, parse_yaml, read_object
 
 
 def check(data: bytes, place: Path) -> None:

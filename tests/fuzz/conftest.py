@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from modmoe import bounded, tokenizer_files
+from modmoe.models import tokenizer_files
+from modmoe.storage import bounded
 from tests.fuzz.judge import CHILD_BYTES, CHILD_SECONDS, IS_LONG, TALLIES
 
 

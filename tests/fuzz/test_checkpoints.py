@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmoe import steps
-from modmoe.checkpoint import Checkpoint
-from modmoe.loading import load, load_tokenizer
-from tests.export_models import write_tied
+from modmoe import api
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.storage.checkpoint import Checkpoint
 from tests.fuzz import oracle, spoil
 from tests.fuzz.judge import judge, often
-from tests.tiny import save_dense, write_tasks
+from tests.support.export_models import write_tied
+from tests.support.tiny import save_dense, write_tasks
 
 
 class Room:
@@ -34,7 +34,7 @@ class Room:
 
     def plan(self) -> Any:
         tasks = {"words": self.tasks["words"]}
-        return steps.convert(self.directory, self.output, tasks=tasks, num_modules=8, dry_run=True)
+        return api.convert(self.directory, self.output, tasks=tasks, num_modules=8, dry_run=True)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_weights(room: Room, data: st.DataObject) -> None:
         "weights",
         directory,
         lambda: read_all(directory),
-        lambda: steps.inspect(directory),
+        lambda: api.inspect(directory),
         room.plan,
         lambda: load(directory),
     )
@@ -93,7 +93,7 @@ def test_index(room: Room, data: st.DataObject) -> None:
         "index",
         directory,
         lambda: read_all(directory),
-        lambda: steps.inspect(directory),
+        lambda: api.inspect(directory),
         room.plan,
         lambda: load(directory),
     )
@@ -110,7 +110,7 @@ def test_config(room: Room, data: st.DataObject) -> None:
         "config",
         directory,
         lambda: read_all(directory),
-        lambda: steps.inspect(directory),
+        lambda: api.inspect(directory),
         room.plan,
         lambda: load(directory),
         lambda: load_tokenizer(directory),
@@ -126,7 +126,7 @@ def test_tied_config(tied: Room, data: st.DataObject) -> None:
         "tied",
         directory,
         lambda: read_all(directory),
-        lambda: steps.inspect(directory),
+        lambda: api.inspect(directory),
         lambda: load(directory),
         lambda: load_tokenizer(directory),
     )

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from modmoe.analyze import page
-from modmoe.export import card
-from modmoe.export.card_head import head
+from modmoe.formats.card import converted
+from modmoe.formats.card.head import head
+from modmoe.reports import page
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -99,12 +99,12 @@ def test_pages(name: str) -> None:
 def body(name: str) -> str:
     numbers = {name: {"loss": 1.5}, "other": {"perplexity": 2.0}}
     lines = [
-        f"# {card.escape(name)} by modmoe",
+        f"# {converted.escape(name)} by modmoe",
         "",
-        *card.table([(name, name), ("key", 3)]),
-        *card.result_lines(numbers),
+        *converted.table([(name, name), ("key", 3)]),
+        *converted.result_lines(numbers),
     ]
-    return "\n".join([*lines, f"Made from {card.escape(name)}.", ""])
+    return "\n".join([*lines, f"Made from {converted.escape(name)}.", ""])
 
 
 @quickly

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmoe import steps
-from modmoe.analyze.modules import Partition, load_partitions, save_partitions
-from modmoe.analyze.profile import ActivationProfile, load_profiles, save_profiles
-from modmoe.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers
-from modmoe.loading import load, load_tokenizer
+from modmoe import api
+from modmoe.analysis.modules import Partition, load_partitions, save_partitions
+from modmoe.analysis.profile import ActivationProfile, load_profiles, save_profiles
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers
 from tests.fuzz import oracle, spoil
 from tests.fuzz.judge import judge, often
-from tests.tiny import save_dense
+from tests.support.tiny import save_dense
 
 TOKENIZER_KEYS = ("model", "vocab", "merges", "added_tokens", "pre_tokenizer", "decoder", "tokenizer_class", "id")
 TOKENIZER_KEYS += (
@@ -38,7 +38,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
     home = tmp_path_factory.mktemp("adapter")
-    steps.convert(dense, home / "whole", method="adapters", adapter="comol")
+    api.convert(dense, home / "whole", method="adapters", adapter="comol")
     (home / "it").mkdir()
     return home
 
@@ -69,7 +69,7 @@ def test_adapter(adapter: Path, data: st.DataObject) -> None:
         "adapter",
         directory,
         lambda: adapter_headers(directory),
-        lambda: steps.inspect(directory),
+        lambda: api.inspect(directory),
         lambda: load(directory),
     )
     if headers is not None:

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmoe import steps
-from modmoe.analyze.encoding import encode_row
-from modmoe.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from modmoe import api
+from modmoe.analysis.text.encoding import encode_row
 from modmoe.diagnosis.run import doctor
-from modmoe.export import hub
-from modmoe.loading import load_tokenizer
-from modmoe.tokenizer_files import try_tokenizer
+from modmoe.exports import hub
+from modmoe.models.loading import load_tokenizer
+from modmoe.models.tokenizer_files import try_tokenizer
+from modmoe.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.fuzz import spoil
 from tests.fuzz.judge import judge, often
 from tests.fuzz.mutate import HOSTILE, Pairs, dump, parse, spoiled, spoiled_bytes
-from tests.tiny import save_dense
+from tests.support.tiny import save_dense
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no child process has bounds here")
 
@@ -223,7 +223,7 @@ def test_special_files(room: tuple[Path, dict[str, bytes]], changes: list[tuple[
         judge(
             "special",
             directory,
-            lambda: steps.inspect(directory),
+            lambda: api.inspect(directory),
             lambda: doctor(directory),
             lambda: load_tokenizer(directory),
             lambda: hub.push(directory, "me/moe", dry_run=True),
@@ -237,7 +237,7 @@ def test_special_files(room: tuple[Path, dict[str, bytes]], changes: list[tuple[
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("exports")
     dense = save_dense(home / "base", num_hidden_layers=1)
-    steps.convert(dense, home / "whole", method="adapters", adapter="comol")
+    api.convert(dense, home / "whole", method="adapters", adapter="comol")
     (home / "it").mkdir()
     return home
 
@@ -253,7 +253,7 @@ def test_export(adapter: Path, data: st.DataObject) -> None:
         changed = data.draw(spoil.documents(whole[ADAPTER_CONFIG], ADAPTER_CONFIG, keys))
     spoil.lay_out(directory, whole, changed)
     form = data.draw(st.sampled_from(("adapter", "tied")))
-    judge("export", directory, lambda: steps.export(directory, output, form=form, verify=False))
+    judge("export", directory, lambda: api.export(directory, output, form=form, verify=False))
     shutil.rmtree(output, ignore_errors=True)
     assert not output.with_name("out.partial").exists()
 

@@ -15,12 +15,12 @@ import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from modmoe import steps
+from modmoe import api
 from modmoe.cli.main import app, run
 from modmoe.errors import CheckpointError, hide_secrets
-from modmoe.export import hub as pushing
-from tests.fake_hub import TOKEN, FakeHub
-from tests.tiny import save_dense
+from modmoe.exports import hub as pushing
+from tests.support.fake_hub import TOKEN, FakeHub
+from tests.support.tiny import save_dense
 
 OTHER = "pa55word-of-an-address"
 
@@ -95,7 +95,7 @@ def test_a_bug(monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any) -> None
             raise RuntimeError(f"token={TOKEN}") from error
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(steps, "inspect", break_down)
+    monkeypatch.setattr(api, "inspect", break_down)
     assert run(["inspect", "it"]) == 1
     text = said(capfd, caplog)
     assert "Traceback" in text and "break_down" in text and "***" in text

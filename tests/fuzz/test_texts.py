@@ -13,13 +13,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmoe.analyze.calibration import load_task, token_batches
-from modmoe.convert.check import check_recipe
-from modmoe.documents import parse_yaml
-from modmoe.recipe import Recipe, dump_recipe, flat_recipe, load_recipe
+from modmoe.analysis.text.calibration import load_task, token_batches
+from modmoe.conversion.options import check_recipe
+from modmoe.recipe.schema import Recipe, dump_recipe, flat_recipe, load_recipe
+from modmoe.storage.documents import parse_yaml
 from tests.fuzz.judge import judge, often
 from tests.fuzz.mutate import HOSTILE, Pairs, Raw, dump, spoiled, spoiled_bytes
-from tests.tiny import tokenizer
+from tests.support.tiny import tokenizer
 
 YAML_LEAVES = (
     "2020-01-01",

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import modmoe
-from modmoe.convert.check import check_recipe
-from modmoe.recipe import load_recipe
+from modmoe.conversion.options import check_recipe
+from modmoe.recipe.schema import load_recipe
 from tests.unit.test_adapter_counts import SIZES
 
 NAMES = sorted(

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import modmoe
-from modmoe.convert.check import check_recipe
-from modmoe.recipe import FinetuneRecipe, load_recipe
-from tests import tiny
+from modmoe.conversion.options import check_recipe
+from modmoe.recipe.schema import FinetuneRecipe, load_recipe
+from tests.support import tiny
 
 _LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 # billions of parameters as the models' pages say; half of the FFN and all of the rest is for each token

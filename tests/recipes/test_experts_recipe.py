@@ -3,9 +3,9 @@
 from importlib.resources import files
 
 import modmoe
-from modmoe.convert.check import check_recipe
-from modmoe.recipe import load_recipe
-from tests import moes, tiny
+from modmoe.conversion.options import check_recipe
+from modmoe.recipe.schema import load_recipe
+from tests.support import moes, tiny
 
 
 def test_recipe_validates_and_is_planned(tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.adapted import Saved
+    from tests.support.adapted import Saved
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Save
     import torch
     from peft import get_peft_model
 
-    from tests.adapted import Saved, base_model, config_for, load_base, logits_of, train
+    from tests.support.adapted import Saved, base_model, config_for, load_base, logits_of, train
 
     home = tmp_path_factory.mktemp("adapters")
     made: dict[tuple[str, str], Saved] = {}

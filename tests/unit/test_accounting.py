@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modmoe import accounting
-from modmoe.accounting import largest_union, mean_union, modules_that_fit, tensor_bytes
-from modmoe.checkpoint import Checkpoint
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
-from modmoe.inspection import inspect
-from modmoe.recipe import make_recipe
+from modmoe.models import counts
+from modmoe.models.counts import largest_union, mean_union, modules_that_fit, tensor_bytes
+from modmoe.models.inspection import inspect
+from modmoe.recipe.schema import make_recipe
+from modmoe.storage.checkpoint import Checkpoint
 
 D, V, M, SIZE = 8, 20, 6, 3
 NEURONS = M * SIZE
@@ -171,7 +171,7 @@ def test_unions_are_those_of_brute_force(seed: int, monkeypatch: pytest.MonkeyPa
     sizes = [len(set().union(*map(set, chosen))) for chosen in itertools.combinations(experts, top_k)]
     assert mean_union(experts, top_k) == pytest.approx(sum(sizes) / len(sizes))
     assert largest_union(experts, top_k) == max(sizes)
-    monkeypatch.setattr(accounting, "MOST_SUBSETS", 0)
+    monkeypatch.setattr(counts, "MOST_SUBSETS", 0)
     assert largest_union(experts, top_k) >= max(sizes)
 
 

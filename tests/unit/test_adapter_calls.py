@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from modmoe.adapters.attach import CONTEXT, attach, detach
-from modmoe.adapters.moa import SoftMoA, SoftMoASettings
-from tests import adapted
-from tests.planned import load_pair
+from modmoe.adapters.mechanism.attach import CONTEXT, attach, detach
+from modmoe.adapters.methods.moa import SoftMoA, SoftMoASettings
 from tests.reference_moa import made
-from tests.tiny import token_ids
+from tests.support import adapted
+from tests.support.planned import load_pair
+from tests.support.tiny import token_ids
 
 LENGTHS = (5, 6, 9, 11, 14, 17)
 

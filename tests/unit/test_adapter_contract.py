@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 
 from modmoe.adapters import CONFIGS
-from modmoe.adapters.methods import METHODS
+from modmoe.adapters.table import METHODS
 
 PRIVATE = {
     # BaseTuner calls these, and we override them

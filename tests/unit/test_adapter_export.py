@@ -16,17 +16,17 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from modmoe.adapters.methods import METHODS
-from modmoe.analyze.calibration import Batch
-from modmoe.checkpoint import Checkpoint
+from modmoe.adapters.table import METHODS
+from modmoe.analysis.text.calibration import Batch
 from modmoe.errors import ExportError, ModmoeError
-from modmoe.export.adapted_code import CONFIGURATION, MODELING, code_files
-from modmoe.export.folded import fold_to_single, mean_weights
-from modmoe.export.run import export
-from modmoe.inspection import inspect
-from modmoe.loading import load
-from tests import adapted, tiny
-from tests.export_models import write_tied
+from modmoe.exports.converted import export
+from modmoe.exports.folded import fold_to_single, mean_weights
+from modmoe.formats.adapter_code import CONFIGURATION, MODELING, code_files
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support import adapted, tiny
+from tests.support.export_models import write_tied
 
 CONTRACT = {"attach.py", "base.py", "losses.py", "passes.py", "routing.py", "targets.py", CONFIGURATION, MODELING}
 CONTRACT |= {"generation_modmoe.py", "sequences_modmoe.py"}  # what a call says of its prompt
@@ -206,7 +206,7 @@ def test_an_export_that_differs_is_refused(bases, tmp_path, monkeypatch):
     def write_other(tensors, path, **options):
         save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, path, **options)
 
-    monkeypatch.setattr("modmoe.export.adapters.save_file", write_other)
+    monkeypatch.setattr("modmoe.exports.adapters.save_file", write_other)
     with pytest.raises(ExportError, match="logits differ"):
         export(str(adapter), str(tmp_path / "out"), form="adapter")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from modmoe.adapters import CoMoLConfig, gather_loras
 from modmoe.errors import AdapterError
-from tests.adapted import adapters_of, base_model, logits_of
+from tests.support.adapted import adapters_of, base_model, logits_of
 
 LORAS: list[dict[str, Any]] = [
     {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},

@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from modmoe.checkpoint import CheckpointError
 from modmoe.errors import ModmoeError
-from modmoe.inspection import inspect
-from modmoe.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer
-from tests import adapted, tiny
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import is_adapted, is_adapter, is_tied_type, load, load_tokenizer
+from modmoe.storage.checkpoint import CheckpointError
+from tests.support import adapted, tiny
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

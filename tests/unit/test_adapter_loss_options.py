@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.adapters.losses import importance_loss, total_loss, z_loss
+from modmoe.adapters.mechanism.losses import importance_loss, total_loss, z_loss
 from modmoe.errors import AdapterError
-from tests.adapted import adapted_model, adapter_parameters, config_for, context, token_ids
+from tests.support.adapted import adapted_model, adapter_parameters, config_for, context, token_ids
 
 
 def run(**options: Any) -> tuple[Any, Any]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from modmoe.adapters import passes
-from modmoe.adapters.attach import CONTEXT
-from modmoe.adapters.losses import Route, importance_loss, switch_loss, total_loss, z_loss
-from tests.adapted import (
+from modmoe.adapters.mechanism import passes
+from modmoe.adapters.mechanism.attach import CONTEXT
+from modmoe.adapters.mechanism.losses import Route, importance_loss, switch_loss, total_loss, z_loss
+from tests.support.adapted import (
     BALANCED,
     ONE_EACH,
     PAIRS,

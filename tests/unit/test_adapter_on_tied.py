@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import modmoe
 from modmoe.adapters import CONFIGS
 from modmoe.errors import AdapterError
-from tests.adapted import base_model, config_for, logits_of, shake, token_ids
-from tests.planned import write_tied
-from tests.tied import tied_model
+from tests.support.adapted import base_model, config_for, logits_of, shake, token_ids
+from tests.support.planned import write_tied
+from tests.support.tied import tied_model
 
 NEED_EXPERTS = ("perft_e", "expert_lora", "mixlora")
 

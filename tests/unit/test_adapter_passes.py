@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.adapters.passes import Frame
-from tests.adapted import (
+from modmoe.adapters.mechanism.passes import Frame
+from tests.support.adapted import (
     BALANCED,
     ONE_EACH,
     PAIRS,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from modmoe.adapters import CONFIGS
 from modmoe.adapters.fingerprint import fingerprint
-from modmoe.adapters.peft import LAYOUT
+from modmoe.adapters.peft_binding import LAYOUT
 from modmoe.errors import AdapterError
-from tests.adapted import (
+from tests.support.adapted import (
     ADAPTER_FILE,
     CASES,
     CONFIG_FILE,

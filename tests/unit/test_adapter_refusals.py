@@ -17,9 +17,9 @@ from torch import Tensor
 from modmoe.adapters import CONFIGS, solve_budget
 from modmoe.adapters.budget import make_config
 from modmoe.adapters.fingerprint import fingerprint, same_base
-from modmoe.adapters.peft import LAYOUT
+from modmoe.adapters.peft_binding import LAYOUT
 from modmoe.errors import AdapterError
-from tests.adapted import (
+from tests.support.adapted import (
     ADAPTER_FILE,
     CONFIG_FILE,
     LAYOUTS,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import modmoe
 from modmoe.errors import ModmoeError
-from tests import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TRAINING = {"batch_size": 2, "sequence_length": 32, "learning_rate": 1e-2, "save_steps": 2, "device": "cpu"}

@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from modmoe.adapters import CONFIGS
-from tests.adapted import (
+from tests.support.adapted import (
     BALANCED,
     adapted_model,
     adapter_parameters,
@@ -28,7 +28,7 @@ from tests.adapted import (
     settings_of,
     with_balance,
 )
-from tests.tiny import VOCABULARY, tokenizer
+from tests.support.tiny import VOCABULARY, tokenizer
 
 STEPS = 6
 
@@ -111,7 +111,7 @@ def test_trl_trains_the_same_under_checkpointing(method: str, family: str, tmp_p
 
 
 def test_two_processes_train_what_one_does(repository: Path) -> None:
-    script = repository / "tests" / "adapted_ranks.py"
+    script = repository / "tests" / "support" / "adapted_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.adapters.attach import attach
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.expert_lora import ExpertLoRA, ExpertLoRASettings
-from modmoe.adapters.passes import Frame, Pass
-from modmoe.adapters.perft import (
+from modmoe.adapters.mechanism.attach import attach
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.passes import Frame, Pass
+from modmoe.adapters.methods.expert_lora import ExpertLoRA, ExpertLoRASettings
+from modmoe.adapters.methods.perft import (
     PerftD,
     PerftDSettings,
     PerftE,
@@ -23,9 +23,9 @@ from modmoe.adapters.perft import (
     PerftS,
     PerftSSettings,
 )
-from modmoe.adapters.sparmoe import SparMoE, SparMoESettings
+from modmoe.adapters.methods.sparmoe import SparMoE, SparMoESettings
 from tests import reference_blocks as reference
-from tests.blocks import (
+from tests.support.blocks import (
     CONFIGS,
     EXPERTS,
     MOE_ONLY,
@@ -46,7 +46,7 @@ from tests.blocks import (
     routing,
     tokens,
 )
-from tests.tiny import token_ids
+from tests.support.tiny import token_ids
 
 
 def check_against(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.adapters.attach import Site, attach
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.expert_lora import ExpertLoRA, ExpertLoRASettings, from_peft_layout, to_peft_layout
-from modmoe.adapters.passes import Frame, Pass
-from modmoe.adapters.perft import (
+from modmoe.adapters.mechanism.attach import Site, attach
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.passes import Frame, Pass
+from modmoe.adapters.mechanism.targets import measure
+from modmoe.adapters.methods.expert_lora import ExpertLoRA, ExpertLoRASettings, from_peft_layout, to_peft_layout
+from modmoe.adapters.methods.perft import (
     PerftD,
     PerftDSettings,
     PerftE,
@@ -25,9 +26,8 @@ from modmoe.adapters.perft import (
     fold_perft_d,
     folded_settings,
 )
-from modmoe.adapters.sparmoe import SparMoE, SparMoESettings
-from modmoe.adapters.targets import measure
-from tests.blocks import (
+from modmoe.adapters.methods.sparmoe import SparMoE, SparMoESettings
+from tests.support.blocks import (
     CONFIGS,
     EXPERTS,
     MOE_ONLY,
@@ -47,7 +47,7 @@ from tests.blocks import (
     routing,
     tokens,
 )
-from tests.tiny import dense_model, token_ids
+from tests.support.tiny import dense_model, token_ids
 
 
 @pytest.mark.parametrize("expert", ["lora", "parallel"])

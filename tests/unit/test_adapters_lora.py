@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modmoe.adapters.adamole import AdaMoLE, AdaMoLESettings
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.comol import CoMoL, CoMoLSettings
-from modmoe.adapters.hydralora import HydraLoRA, HydraLoRASettings
-from modmoe.adapters.ldmole import LDMoLE, LDMoLESettings
-from modmoe.adapters.molora import MoLoRA, MoLoRASettings
-from modmoe.adapters.moslora import MoSLoRA, MoSLoRASettings
-from modmoe.adapters.routing import mix_lora, narrow_linear, router_logits
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.routing import mix_lora, narrow_linear, router_logits
+from modmoe.adapters.methods.adamole import AdaMoLE, AdaMoLESettings
+from modmoe.adapters.methods.comol import CoMoL, CoMoLSettings
+from modmoe.adapters.methods.hydralora import HydraLoRA, HydraLoRASettings
+from modmoe.adapters.methods.ldmole import LDMoLE, LDMoLESettings
+from modmoe.adapters.methods.molora import MoLoRA, MoLoRASettings
+from modmoe.adapters.methods.moslora import MoSLoRA, MoSLoRASettings
 from tests import reference_lora
-from tests.loras import MANY, SIZES, D, E, O, R, T, gradients, make, parameters, run
+from tests.support.loras import MANY, SIZES, D, E, O, R, T, gradients, make, parameters, run
 
 CASES = {
     "molora": (MoLoRA, MoLoRASettings(**MANY), reference_lora.molora),

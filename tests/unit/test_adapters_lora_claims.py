@@ -7,18 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from modmoe.adapters.adamole import AdaMoLE, AdaMoLESettings, passed, threshold_weights
-from modmoe.adapters.attach import CONTEXT, attach
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.comol import CoMoL, CoMoLSettings
 from modmoe.adapters.corespace import comol_from_loras, stack_loras
-from modmoe.adapters.hydralora import HydraLoRA, HydraLoRASettings
-from modmoe.adapters.ldmole import LDMoLE, LDMoLESettings, lambda_low, sparsegen
-from modmoe.adapters.losses import switch_loss, total_loss
-from modmoe.adapters.molora import MoLoRA, MoLoRASettings
-from modmoe.adapters.moslora import MoSLoRA, MoSLoRASettings
-from tests import reference_lora, tiny
-from tests.loras import MANY, D, E, O, T, make, run
+from modmoe.adapters.mechanism.attach import CONTEXT, attach
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.losses import switch_loss, total_loss
+from modmoe.adapters.methods.adamole import AdaMoLE, AdaMoLESettings, passed, threshold_weights
+from modmoe.adapters.methods.comol import CoMoL, CoMoLSettings
+from modmoe.adapters.methods.hydralora import HydraLoRA, HydraLoRASettings
+from modmoe.adapters.methods.ldmole import LDMoLE, LDMoLESettings, lambda_low, sparsegen
+from modmoe.adapters.methods.molora import MoLoRA, MoLoRASettings
+from modmoe.adapters.methods.moslora import MoSLoRA, MoSLoRASettings
+from tests import reference_lora
+from tests.support import tiny
+from tests.support.loras import MANY, D, E, O, T, make, run
 
 
 def test_thresholds_leave_weights_that_sum_to_one():

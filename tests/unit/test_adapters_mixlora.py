@@ -10,14 +10,14 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modmoe.adapters.attach import Site, attach, detach
-from modmoe.adapters.mixlora import MixLoRA, MixLoRASettings
-from modmoe.adapters.targets import measure
-from modmoe.checkpoint import Checkpoint, CheckpointWriter
+from modmoe.adapters.mechanism.attach import Site, attach, detach
+from modmoe.adapters.mechanism.targets import measure
+from modmoe.adapters.methods.mixlora import MixLoRA, MixLoRASettings
 from modmoe.errors import ExportError
-from modmoe.export.mixlora import base_weights, expand_mixlora
+from modmoe.formats.native.mixlora import base_weights, expand_mixlora
+from modmoe.storage.checkpoint import Checkpoint, CheckpointWriter
 from tests import reference_mixlora
-from tests.tiny import dense_config, dense_model, token_ids
+from tests.support.tiny import dense_config, dense_model, token_ids
 
 # D = 20, F = 29, R = 3, E = 5: nothing divides anything
 AWKWARD = {"hidden_size": 20, "intermediate_size": 29, "head_dim": 6, "num_attention_heads": 4}

@@ -14,14 +14,14 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-from modmoe.adapters.attach import CONTEXT, add_adapter, attach, detach
-from modmoe.adapters.base import SiteShape
-from modmoe.adapters.moa import TYPES, MoA, SoftMoA, SoftMoASettings, SparseMoA, SparseMoASettings
-from modmoe.adapters.moa_prefix import AttentionPrefix
-from modmoe.adapters.targets import measure
+from modmoe.adapters.mechanism.attach import CONTEXT, add_adapter, attach, detach
+from modmoe.adapters.mechanism.base import SiteShape
+from modmoe.adapters.mechanism.targets import measure
+from modmoe.adapters.methods.moa import TYPES, MoA, SoftMoA, SoftMoASettings, SparseMoA, SparseMoASettings
+from modmoe.adapters.methods.moa_prefix import AttentionPrefix
 from tests import reference_moa
 from tests.reference_moa import CASES, adapters_of, base, grads, made, randomise
-from tests.tiny import token_ids
+from tests.support.tiny import token_ids
 
 
 @pytest.mark.parametrize("case", CASES)

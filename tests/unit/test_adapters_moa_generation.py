@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.reference_moa import CASES, made
-from tests.tiny import token_ids
+from tests.support.tiny import token_ids
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.convert.assignment import ASSIGNMENTS, Assignment, seriate
+from modmoe.conversion.modular.assignment import ASSIGNMENTS, Assignment, seriate
 from modmoe.errors import PartitionError
 
 
@@ -162,7 +162,7 @@ def test_seriation_of_many_patterns_tries_a_few_starts(monkeypatch: pytest.Monke
         scores(7, 90), names(7), modules_per_expert=40, shared_modules=0, coverage=False, seed=0
     )
     all_starts = sum(runs(made.membership_EM[:, seriate(made.membership_EM)]))
-    monkeypatch.setattr("modmoe.convert.assignment._PATH_STEPS", 1)
+    monkeypatch.setattr("modmoe.conversion.modular.assignment._PATH_STEPS", 1)
     order_M = seriate(made.membership_EM)
     assert sorted(order_M.tolist()) == torch.nonzero(made.used_M).flatten().tolist()
     assert sum(runs(made.membership_EM[:, order_M])) < 1.1 * all_starts < 0.5 * sum(runs(made.membership_EM))

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from modmoe import bounded
-from modmoe.bounded import ask_in_bounds, call_in_bounds, in_bounds
 from modmoe.errors import CalibrationError, CheckpointError
+from modmoe.storage import bounded
+from modmoe.storage.bounded import ask_in_bounds, call_in_bounds, in_bounds
 
 PLACE: dict[str, Any] = {"place": "d/tokenizer.json", "remedy": "fetch it again"}
 needs_children = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the work is done in this process")

@@ -11,23 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze import bylayer
-from modmoe.analyze.bylayer import ByLayer, model_bytes
-from modmoe.analyze.calibration import Batch, cluster_sequences
-from modmoe.analyze.partition import Partition
-from modmoe.analyze.profile import profile_model
-from modmoe.analyze.run import open_runner, open_source, silent
-from modmoe.analyze.stream import Runner, Turn, WholeModel
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert.assignment import Assignment
-from modmoe.convert.routers import start_routers
-from modmoe.convert.run import convert
+from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.passes.by_layer import ByLayer, model_bytes
+from modmoe.analysis.passes.clusters import cluster_sequences
+from modmoe.analysis.passes.stream import Runner, Turn, WholeModel
+from modmoe.analysis.profile import profile_model
+from modmoe.analysis.run import open_runner, open_source, silent
+from modmoe.analysis.text.calibration import Batch
+from modmoe.conversion.driver import convert
+from modmoe.conversion.modular.assignment import Assignment
+from modmoe.conversion.modular.routers import start_routers
 from modmoe.errors import CalibrationError, CheckpointError, RecipeError
-from modmoe.families import FAMILIES
-from modmoe.ffn import LazyFFNs
-from modmoe.loading import load
-from modmoe.recipe import RouterRecipe, make_recipe
-from tests.tiny import NEURONS, save_dense, write_tasks
+from modmoe.models.families import FAMILIES
+from modmoe.models.ffn_layout import LazyFFNs
+from modmoe.models.loading import load
+from modmoe.recipe.schema import RouterRecipe, make_recipe
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.tiny import NEURONS, save_dense, write_tasks
 
 FIELDS = ("tokens_P", "sum_PF", "abs_PF", "square_PF", "norm_PM", "rows_SF")
 PARTITION = Partition(torch.arange(NEURONS) % 8, 8)
@@ -185,7 +185,7 @@ def test_a_model_that_does_not_fit_is_run_by_layer(tmp_path: Path, monkeypatch: 
         (2 * size - 1, "wanda", ByLayer),
         (2 * size - 1, "taylor", WholeModel),
     ):
-        monkeypatch.setattr(bylayer, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("modmoe.analysis.passes.by_layer.free_bytes", lambda _, free=free: free)
         recipe = make_recipe({**values, "assignment.score": score})
         assert type(open_runner(recipe, open_source(recipe), None, silent)) is kind
     with pytest.raises(RecipeError, match=r"by_layer: score taylor needs the whole model; choose another"):

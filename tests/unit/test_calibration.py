@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.calibration import Batch, cluster_sequences, load_task, token_batches, warn_of_length
-from modmoe.analyze.encoding import encode_row
-from modmoe.analyze.rows import TaskRows
-from modmoe.analyze.run import silent, tokenize
-from modmoe.analyze.stream import WholeModel
+from modmoe.analysis.passes.clusters import cluster_sequences
+from modmoe.analysis.passes.stream import WholeModel
+from modmoe.analysis.run import silent, tokenize
+from modmoe.analysis.text.calibration import Batch, load_task, token_batches, warn_of_length
+from modmoe.analysis.text.encoding import encode_row
+from modmoe.analysis.text.rows import TaskRows
 from modmoe.cli import main
 from modmoe.errors import CalibrationError
-from modmoe.families import FAMILIES
-from modmoe.recipe import CalibrationRecipe, Recipe
-from tests.tiny import dense_model, save_dense, tokenizer, write_tasks
+from modmoe.models.families import FAMILIES
+from modmoe.recipe.schema import CalibrationRecipe, Recipe
+from tests.support.tiny import dense_model, save_dense, tokenizer, write_tasks
 
 TEXT = [{"text": "a b c"}, {"text": "d"}]
 PAIR = [{"prompt": "1+1=", "completion": "2"}]

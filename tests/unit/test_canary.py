@@ -22,12 +22,12 @@ import pytest
 import torch
 
 from modmoe.cli.main import run
-from modmoe.convert.code import CODE_FILES
-from modmoe.convert.run import METHODS
+from modmoe.conversion.driver import METHODS
 from modmoe.errors import ExportError
-from modmoe.recipe import load_recipe
-from tests import moes, tiny
-from tests.export_models import OWN_CODE, write_own, write_tied
+from modmoe.formats.tied_code import CODE_FILES
+from modmoe.recipe.schema import load_recipe
+from tests.support import moes, tiny
+from tests.support.export_models import OWN_CODE, write_own, write_tied
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -264,7 +264,7 @@ def test_the_proof_of_an_export_executes_what_modmoe_wrote_alone(
         seen.update({file.name: file.read_text() for file in Path(job["directory"]).rglob("*.py")})
         raise ExportError("seen")
 
-    monkeypatch.setattr(importlib.import_module("modmoe.export.verify"), "_reload", look)
+    monkeypatch.setattr(importlib.import_module("modmoe.formats.proof.verify"), "_reload", look)
     assert run([*words(cage, "export {}/tied OUT --form tied", tmp_path / "out"), "-q"]) == 2
     assert seen.keys() == set(CODE_FILES)
     assert not any(str(cage.marks) in text for text in seen.values())

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from modmoe.accounting import read_experts
-from modmoe.checkpoint import Checkpoint
-from modmoe.export.card import result_lines
-from modmoe.export.card_head import head, results_of
-from modmoe.export.card_plot import _GAP, PLOT, _kinds, draw_experts
-from modmoe.export.run import export
-from modmoe.inspection import inspect
-from tests.export_models import write_config, write_tied
-from tests.fake_hub_store import check_head
+from modmoe.exports.converted import export
+from modmoe.formats.card.converted import result_lines
+from modmoe.formats.card.head import head, results_of
+from modmoe.formats.card.plot import _GAP, PLOT, _kinds, draw_experts
+from modmoe.models.counts import read_experts
+from modmoe.models.inspection import inspect
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.export_models import write_config, write_tied
+from tests.support.fake_hub_store import check_head
 
 HOSTILE = "a`|b\n---\nevil: yes\n<script>alert(1)</script> $x^2$ [y](javascript:z) ![i](//e) {{ j }} \u202e"
 
@@ -183,10 +183,10 @@ def test_the_picture_is_of_a_size_that_a_page_takes(tmp_path, layers, experts, m
 
 
 def test_the_picture_is_of_the_tied_model(tied, tmp_path, monkeypatch):
-    from modmoe.export import card
+    from modmoe.formats.card import converted
 
     drawn = []
-    monkeypatch.setattr(card, "draw_experts", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(converted, "draw_experts", lambda *arguments: drawn.append(arguments))
     export(str(tied), str(tmp_path / "out"), form="native", target="mixtral", verify=False)
     (_, layers, names) = drawn[0]
     assert layers == read_experts(Checkpoint(tied)) and names == ["sums", "words", "code"]

@@ -11,13 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modmoe.checkpoint import INDEX, MANIFEST, Checkpoint, CheckpointWriter, parse_bytes, resolve_source, tensor_sha256
-from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
-from modmoe.documents import open_tensors
 from modmoe.errors import CheckpointError, ModmoeError, PlanError, RecipeError
-from modmoe.seal import SEAL
-from modmoe.staging import open_output
-from tests.tiny import save_dense
+from modmoe.storage.checkpoint import (
+    INDEX,
+    MANIFEST,
+    Checkpoint,
+    CheckpointWriter,
+    parse_bytes,
+    resolve_source,
+    tensor_sha256,
+)
+from modmoe.storage.documents import open_tensors
+from modmoe.storage.plan import Const, Copy, Plan, Stack, Take
+from modmoe.storage.seal import SEAL
+from modmoe.storage.staging import open_output
+from tests.support.tiny import save_dense
 
 
 def _write(directory, tensors, shard_bytes=10**9, config=None):
@@ -206,7 +214,7 @@ def test_a_failed_overwrite_keeps_the_old_output(tmp_path):
 
 def test_two_runs_into_one_output(tmp_path):
     script = f"""
-        from modmoe.staging import open_output
+        from modmoe.storage.staging import open_output
         with open_output({str(tmp_path / "out")!r}) as partial:
             print("in", flush=True)
             input()
@@ -272,6 +280,6 @@ def test_a_file_that_cannot_be_mapped_is_to_be_cut_in_shards(tmp_path, monkeypat
         raise RuntimeError("unable to mmap 61066786882 bytes from file <x>: Cannot allocate memory (12)")
 
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("modmoe.documents.safe_open", refuse)
+    monkeypatch.setattr("modmoe.storage.documents.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"unable to mmap .* have it saved in shards"):
         open_tensors(tmp_path / "model.safetensors")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze.kmeans import balanced_kmeans
-from modmoe.analyze.partition import PARTITIONERS, Partition, cut_layers
-from modmoe.analyze.profile import ActivationProfile
-from modmoe.ffn import FFNWeights
+from modmoe.analysis.partitions.kmeans import balanced_kmeans
+from modmoe.analysis.partitions.table import PARTITIONERS, Partition, cut_layers
+from modmoe.analysis.profile import ActivationProfile
+from modmoe.models.ffn_layout import FFNWeights
 
 LAYERS = 4
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import modmoe
-from modmoe.checkpoint import INDEX, MANIFEST, SINGLE
 from modmoe.errors import CheckpointError
-from modmoe.seal import MARK
-from tests.planned import write_tied
-from tests.tiny import save_dense
+from modmoe.storage.checkpoint import INDEX, MANIFEST, SINGLE
+from modmoe.storage.seal import MARK
+from tests.support.planned import write_tied
+from tests.support.tiny import save_dense
 
 UP = "model.layers.1.mlp.up_proj.weight"
 MEMBERS = "model.layers.0.mlp.membership"

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import modmoe
-from modmoe.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
-from tests import moes, planned, tiny
-from tests.packed_models import write_packed
+from modmoe.storage.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
+from tests.support import moes, planned, tiny
+from tests.support.packed_models import write_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modmoe.analyze import rows
-from modmoe.checkpoint import INDEX, Checkpoint, copy_companions, write_json
-from modmoe.documents import YamlError, check_task_file, local_directory, open_tensors, parse_yaml, read_object
+from modmoe.analysis.text import rows
 from modmoe.errors import CalibrationError, CheckpointError, ModmoeError, RecipeError
-from modmoe.finetune.evaluate import evaluate
-from modmoe.loading import load, skeleton
-from modmoe.recipe import load_recipe
-from tests.tiny import save_dense
+from modmoe.models.loading import load, skeleton
+from modmoe.recipe.schema import load_recipe
+from modmoe.storage.checkpoint import INDEX, Checkpoint, copy_companions, write_json
+from modmoe.storage.documents import YamlError, check_task_file, local_directory, open_tensors, parse_yaml, read_object
+from modmoe.training.evaluation.task_loss import evaluate
+from tests.support.tiny import save_dense
 
 
 @pytest.fixture
@@ -242,19 +242,19 @@ def test_nothing_is_left_on_the_meta_device(dense):
 @pytest.mark.parametrize("name", ["A" * 5000, "a/" * 3000, "x\0y", "\ud800"])
 def test_a_name_that_no_file_can_have_is_not_there(tmp_path: Path, name: str) -> None:
     """Such names stand in strangers' configurations, and on command lines where a variable was empty."""
-    from modmoe import steps
-    from modmoe.checkpoint import local_base
+    from modmoe import api
     from modmoe.diagnosis.run import doctor
-    from modmoe.export.hub import push
+    from modmoe.exports.hub import push
+    from modmoe.storage.checkpoint import local_base
 
     for act in (
         lambda: local_directory(name),
         lambda: check_task_file("a", f"{name}.jsonl"),
-        lambda: steps.inspect(name),
+        lambda: api.inspect(name),
         lambda: doctor(name),
         lambda: push(name, "me/x", dry_run=True),
-        lambda: steps.export(name, tmp_path / "out"),
-        lambda: steps.evaluate(name, {"a": "b.txt"}),
+        lambda: api.export(name, tmp_path / "out"),
+        lambda: api.evaluate(name, {"a": "b.txt"}),
     ):
         with pytest.raises(ModmoeError):
             act()

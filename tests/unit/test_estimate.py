@@ -13,11 +13,19 @@ import torch
 
 import modmoe
 from modmoe.cli.main import run
-from modmoe.devices import DEVICES, Device, find_device
-from modmoe.loading import skeleton
-from modmoe.needs import PROCESS_BYTES, START_S, Sizes, estimate_convert, estimate_finetune, forward_flops, sizes_of
-from modmoe.recipe import FinetuneRecipe, Recipe, make_recipe
-from tests import moes, tiny
+from modmoe.cost.devices import DEVICES, Device, find_device
+from modmoe.cost.formulas import (
+    PROCESS_BYTES,
+    START_S,
+    Sizes,
+    estimate_convert,
+    estimate_finetune,
+    forward_flops,
+    sizes_of,
+)
+from modmoe.models.loading import skeleton
+from modmoe.recipe.schema import FinetuneRecipe, Recipe, make_recipe
+from tests.support import moes, tiny
 
 # Llama-3.1-8B
 LARGE = Sizes(
@@ -202,7 +210,7 @@ def plan(dense: Path, tasks: dict[str, str], **keywords: Any) -> dict[str, Any]:
 
 def test_what_does_not_fit_says_what_does(dense: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(GPU, name="small", memory_bytes=580_000_000)
-    monkeypatch.setattr("modmoe.estimate.find_device", lambda _: small)
+    monkeypatch.setattr("modmoe.cost.estimate.find_device", lambda _: small)
     keywords = {"finetune.batch_size": 512, "finetune.max_steps": 10, "finetune.train": "full"}
     need = plan(dense, tasks, **keywords)["estimate"]["finetune"]
     assert not need["fits"] and need["device_bytes"] > small.memory_bytes
@@ -212,7 +220,7 @@ def test_what_does_not_fit_says_what_does(dense: Path, tasks: dict[str, str], mo
     for size, fits in ((lowered, True), (2 * lowered, False)):
         keywords["finetune.batch_size"] = size
         assert plan(dense, tasks, **keywords)["estimate"]["finetune"]["fits"] is fits
-    monkeypatch.setattr("modmoe.estimate.find_device", lambda _: dataclasses.replace(small, memory_bytes=1))
+    monkeypatch.setattr("modmoe.cost.estimate.find_device", lambda _: dataclasses.replace(small, memory_bytes=1))
     verdict = plan(dense, tasks)["estimate"]["convert"]["verdict"]
     assert verdict.endswith("; take t4")
 

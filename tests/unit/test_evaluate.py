@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modmoe import steps
+from modmoe import api
 from modmoe.errors import CalibrationError, RecipeError
-from modmoe.finetune.evaluate import decode_speed, evaluate, evaluate_model
-from tests import native_models, tied, tiny
+from modmoe.training.evaluation.task_loss import decode_speed, evaluate, evaluate_model
+from tests.support import native_models, tied, tiny
 
 KEYS = {"loss", "perplexity", "bits_per_byte", "tokens", "tokens_per_second"}
 
@@ -135,6 +135,6 @@ def test_decoding_speed_is_measured(tmp_path: Path) -> None:
 
 def test_a_native_model_of_any_width_is_read_on_a_cpu(tmp_path: Path, tasks: dict[str, str]) -> None:
     source = native_models.write_native_source(tmp_path, "qwen3", "core")  # 18 neurons an expert
-    steps.export(source, tmp_path / "native", form="native", target="qwen3_moe", verify=False)
+    api.export(source, tmp_path / "native", form="native", target="qwen3_moe", verify=False)
     found = evaluate(str(tmp_path / "native"), {"words": tasks["words"]}, baseline=str(source), tokens=200)
     assert found["tasks"]["words"]["ratio"] == pytest.approx(1, rel=1e-4)

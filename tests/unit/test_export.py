@@ -9,17 +9,18 @@ import torch
 from huggingface_hub import ModelCard
 
 import modmoe
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert.code import own_files, write_code
 from modmoe.errors import CheckpointError, ExportError, ModmoeError, RecipeError
-from modmoe.export import run, verify
-from modmoe.export.card import escape
-from modmoe.export.dense import FoldMeans, dense_config, dense_plan, family_of_tied
-from modmoe.export.native import native_export, native_warnings
-from modmoe.export.run import export
-from modmoe.export.tied import CODE_FILES, with_dtype
-from modmoe.families import FAMILIES
-from tests.export_models import EXPERTS, write_config, write_own, write_tied
+from modmoe.exports import converted
+from modmoe.exports.converted import export
+from modmoe.formats.card.converted import escape
+from modmoe.formats.dense import FoldMeans, dense_config, dense_plan, family_of_tied
+from modmoe.formats.native.plan import native_export, native_warnings
+from modmoe.formats.proof import verify
+from modmoe.formats.tied import CODE_FILES, with_dtype
+from modmoe.formats.tied_code import own_files, write_code
+from modmoe.models.families import FAMILIES
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.export_models import EXPERTS, write_config, write_own, write_tied
 
 
 @pytest.fixture(scope="module")
@@ -301,4 +302,4 @@ def test_what_the_fresh_process_says_becomes_one_line(mistral, tmp_path, monkeyp
 
 
 def test_every_form_is_told_to_the_user():
-    assert set(run.FORMS) == {"tied", "packed", "dense", "native", "adapter"}
+    assert set(converted.FORMS) == {"tied", "packed", "dense", "native", "adapter"}

@@ -10,10 +10,10 @@ import torch
 import yaml
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from modmoe.checkpoint import MANIFEST, CheckpointWriter
 from modmoe.errors import ExportError
-from modmoe.export import hub
-from modmoe.export.parcel import contents
+from modmoe.exports import hub
+from modmoe.formats.parcel import contents
+from modmoe.storage.checkpoint import MANIFEST, CheckpointWriter
 
 TOKEN = "hf_abcdefghijklmnop"
 

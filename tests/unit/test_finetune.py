@@ -14,14 +14,14 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 import modmoe
-from modmoe.checkpoint import Checkpoint, read_config
 from modmoe.errors import CalibrationError, RecipeError
-from modmoe.finetune import trainer
-from modmoe.finetune.train import default_learning_rate, finetune
-from modmoe.finetune.trainer import DivergedError, ModularTrainer
-from modmoe.loading import load
-from modmoe.recipe import load_recipe, make_recipe
-from tests import tied, tiny
+from modmoe.models.loading import load
+from modmoe.recipe.schema import load_recipe, make_recipe
+from modmoe.storage.checkpoint import Checkpoint, read_config
+from modmoe.training import trainer
+from modmoe.training.run import default_learning_rate, finetune
+from modmoe.training.trainer import DivergedError, ModularTrainer
+from tests.support import tied, tiny
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -134,8 +134,8 @@ def test_the_sources_type_is_restored(room: Path, tmp_path: Path, tasks: dict[st
     source = tied.save_tied(tmp_path / "half", dense, room / "dense", torch.bfloat16, routing="token")
     result = run(tmp_path, tmp_path / "out", "half", tasks, max_steps=3, eval_tasks={"words": tasks["words"]})
     assert changed(source, tmp_path / "out")  # which also compares types
-    from modmoe.finetune.evaluate import evaluate_model
-    from modmoe.loading import load_tokenizer
+    from modmoe.models.loading import load_tokenizer
+    from modmoe.training.evaluation.task_loss import evaluate_model
 
     # what is said of the model is said of the weights that were written
     model = load(tmp_path / "out", dtype=torch.float32, device="cpu")
@@ -259,7 +259,7 @@ def test_room_for_the_states_is_looked_for_first(
     weights = sum(weight.numel() for weight in load(room / "token", device="cpu").parameters())
     # three states, each with the optimiser's two numbers a weight, and the output
     free = SimpleNamespace(free=4 * (3 * 3 * weights + weights) - 1)
-    monkeypatch.setattr("modmoe.staging.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("modmoe.storage.staging.shutil.disk_usage", lambda _: free)
     with pytest.raises(RecipeError, match=r"needs [\d,]+ bytes, and [\d,]+ are free there"):
         run(room, tmp_path / "out", "token", tasks, max_steps=9, save_steps=2)
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.encoding import encode_row
-from modmoe.finetune.data import IGNORED, Collator, keeps_rows_apart, training_set
-from modmoe.finetune.losses import balance_loss, token_losses
-from tests import tied, tiny
+from modmoe.analysis.text.encoding import encode_row
+from modmoe.training.data import IGNORED, Collator, keeps_rows_apart, training_set
+from modmoe.training.losses import balance_loss, token_losses
+from tests.support import tied, tiny
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
@@ -175,7 +175,7 @@ def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     target_N = torch.randint(0, 11, (7,))
     results = []
     for numbers in (10**6, 11 * 3):
-        monkeypatch.setattr("modmoe.finetune.losses._CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr("modmoe.training.losses._CHUNK_NUMBERS", numbers)
         logits_NV = torch.randn(7, 11, generator=torch.Generator().manual_seed(1)).requires_grad_()
         teacher_NV = torch.randn(7, 11, generator=torch.Generator().manual_seed(2))
         text, distill = token_losses(logits_NV, target_N, teacher_NV)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert.upcycle import upcycle
-from modmoe.export.native import native_export
-from modmoe.finetune.trainer import ModularTrainer
-from modmoe.recipe import make_recipe
-from tests import moes, tiny
+from modmoe.conversion.upcycle import upcycle
+from modmoe.formats.native.plan import native_export
+from modmoe.recipe.schema import make_recipe
+from modmoe.storage.checkpoint import Checkpoint
+from modmoe.training.trainer import ModularTrainer
+from tests.support import moes, tiny
 from tests.unit.test_finetune import changed, run, stop_at
 
 # peft 0.21 asks transformers 5.23 by the old name
@@ -33,7 +33,7 @@ def test_a_resumed_run_is_the_unbroken_one(
     tmp_path: Path, tasks: dict[str, str], model_type: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = moes.save_moe(tmp_path / "moe", model_type, fused=fused, initializer_range=0.05)
-    monkeypatch.setattr("modmoe.finetune.train.load", eager)
+    monkeypatch.setattr("modmoe.training.run.load", eager)
     run(tmp_path, tmp_path / "whole", "moe", tasks, **VALUES)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tmp_path / "out", "moe", tasks, progress=stop_at(3), **VALUES)
@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_unbroken_one(
 
 def test_only_routers_learn(tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     source = moes.save_moe(tmp_path / "moe", "qwen2_moe", initializer_range=0.05, dtype=torch.bfloat16)
-    monkeypatch.setattr("modmoe.finetune.train.load", eager)
+    monkeypatch.setattr("modmoe.training.run.load", eager)
     result = run(tmp_path, tmp_path / "out", "moe", tasks, train="router", max_steps=2)
     learned = {f"model.layers.{layer}.mlp.gate.weight" for layer in moes.SPARSE["qwen2_moe"]}
     assert changed(source, tmp_path / "out") == learned
@@ -64,7 +64,7 @@ def test_an_upcycled_model_grows_apart(tmp_path: Path, tasks: dict[str, str], mo
     tiny.save_dense(tmp_path / "dense", mlp_bias=False, initializer_range=0.05)
     recipe = make_recipe({"source": str(tmp_path / "dense"), "method": "upcycle", "assignment.num_experts": 3})
     upcycle(recipe, str(tmp_path / "moe"), native_export=native_export, prove=lambda *_, **__: {}, write_card=print)
-    monkeypatch.setattr("modmoe.finetune.train.load", eager)
+    monkeypatch.setattr("modmoe.training.run.load", eager)
     run(tmp_path, tmp_path / "out", "moe", tasks, max_steps=2, learning_rate=1e-2)
     learned = changed(tmp_path / "moe", tmp_path / "out")
     assert {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)} <= learned
@@ -75,7 +75,7 @@ def test_an_upcycled_model_grows_apart(tmp_path: Path, tasks: dict[str, str], mo
 
 def eager(*args: Any, **kwargs: Any) -> Any:
     """Load a model whose experts are computed as fits a CPU."""
-    from modmoe.loading import load
+    from modmoe.models.loading import load
 
     model: Any = load(*args, **kwargs)
     model.set_experts_implementation("eager")

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe import steps
-from modmoe.analyze.activations import activation_features
-from modmoe.analyze.coactivation import coactivation_graph, cut_by_coactivation, exchange
-from modmoe.analyze.gradient import cut_by_gradients, deal
-from modmoe.analyze.kmeans import balanced_kmeans
-from modmoe.analyze.modules import load_partitions
-from modmoe.analyze.profile import ActivationProfile, load_profiles
-from modmoe.analyze.run import count_clusters, needs_gradients
+from modmoe import api
+from modmoe.analysis.modules import load_partitions
+from modmoe.analysis.partitions.activations import activation_features
+from modmoe.analysis.partitions.coactivation import coactivation_graph, cut_by_coactivation, exchange
+from modmoe.analysis.partitions.gradient import cut_by_gradients, deal
+from modmoe.analysis.partitions.kmeans import balanced_kmeans
+from modmoe.analysis.profile import ActivationProfile, load_profiles
+from modmoe.analysis.run import count_clusters, needs_gradients
 from modmoe.errors import CalibrationError, RecipeError
-from modmoe.ffn import FFNWeights
-from modmoe.recipe import make_recipe
-from tests.tiny import NEURONS, save_dense, write_tasks
+from modmoe.models.ffn_layout import FFNWeights
+from modmoe.recipe.schema import make_recipe
+from tests.support.tiny import NEURONS, save_dense, write_tasks
 
 NONE = FFNWeights(None, torch.zeros(1, 1), torch.zeros(1, 1))
 
@@ -168,7 +168,7 @@ def test_llama_moe_is_split_by_gradients_over_clusters(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     options: dict[str, Any] = {"tokens": 400, "sequence_length": 16, "num_modules": 4, "partition": "gradient"}
     options |= {"method": "llama_moe", "tasks": {"words": tasks["words"]}}
-    result = steps.convert(source, tmp_path / "out", **options)
+    result = api.convert(source, tmp_path / "out", **options)
     assert result["num_experts"] == 4 and result["verified"]["max_abs_logit_diff_all_on"] < 1e-8
     profiles = load_profiles(tmp_path / "out" / "analysis")
     partitions = load_partitions(tmp_path / "out" / "analysis")
@@ -177,4 +177,4 @@ def test_llama_moe_is_split_by_gradients_over_clusters(tmp_path: Path) -> None:
         score_PF = profile.taylor_PF / profile.tokens_P.unsqueeze(1)
         assert partition.module_F.tolist() == loop(score_PF.tolist())
     with pytest.raises(RecipeError, match="partition gradient needs the whole model"):
-        steps.convert(source, tmp_path / "other", **options, by_layer=True)
+        api.convert(source, tmp_path / "other", **options, by_layer=True)

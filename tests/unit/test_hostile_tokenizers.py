@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from modmoe import bounded, steps, tokenizer_files
+from modmoe import api
 from modmoe.cli.main import run
 from modmoe.errors import CheckpointError
-from modmoe.loading import load_tokenizer
-from modmoe.tokenizer_files import check_sizes, open_in_bounds, try_tokenizer
-from tests.tiny import save_dense
+from modmoe.models import tokenizer_files
+from modmoe.models.loading import load_tokenizer
+from modmoe.models.tokenizer_files import check_sizes, open_in_bounds, try_tokenizer
+from modmoe.storage import bounded
+from tests.support.tiny import save_dense
 
 pytestmark = pytest.mark.skipif(not bounded.HAS_CHILDREN, reason="no child process has bounds here")
 
@@ -211,7 +213,7 @@ def test_what_passes_every_handler_is_one_line(
     def fail(_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(steps, "inspect", fail)
+    monkeypatch.setattr(api, "inspect", fail)
     assert run(["inspect", "it"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("modmoe: ") and told in line

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from modmoe.checkpoint import INDEX, Checkpoint
-from modmoe.export.run import export
-from modmoe.loading import load
-from tests.adapted import adapted_model, base_model
+from modmoe.exports.converted import export
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import INDEX, Checkpoint
 from tests.conftest import REPOSITORY
-from tests.export_models import write_tied
-from tests.fake_hub import READ_TOKEN, TOKEN, FakeHub
-from tests.fake_hub_store import Blob
-from tests.tiny import token_ids
+from tests.support.adapted import adapted_model, base_model
+from tests.support.export_models import write_tied
+from tests.support.fake_hub import READ_TOKEN, TOKEN, FakeHub
+from tests.support.fake_hub_store import Blob
+from tests.support.tiny import token_ids
 
 REPO = "me/moe"
 LARGE = (".safetensors", ".png")
@@ -41,7 +41,7 @@ class Client:
         # as the command line has it, before it imports the client
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
         self.hub, self.home = hub, home
-        command = [sys.executable, str(REPOSITORY / "tests" / "hub_client.py")]
+        command = [sys.executable, str(REPOSITORY / "tests" / "support" / "hub_client.py")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
 

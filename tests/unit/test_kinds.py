@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modmoe
-from modmoe.checkpoint import INDEX, SINGLE, Checkpoint
 from modmoe.cli.main import run
 from modmoe.errors import MOST_CHARACTERS, CheckpointError, PlanError
-from modmoe.families import FAMILIES
-from modmoe.ffn import check_ffns
-from modmoe.kinds.check import check_source
-from modmoe.kinds.names import find_prefix, wrapper_of
-from modmoe.loading import load, load_tokenizer
-from modmoe.staging import open_output
-from tests import moes, tiny
+from modmoe.models.families import FAMILIES
+from modmoe.models.ffn_layout import check_ffns
+from modmoe.models.loading import load, load_tokenizer
+from modmoe.storage.checkpoint import INDEX, SINGLE, Checkpoint
+from modmoe.storage.kinds.check import check_source
+from modmoe.storage.kinds.names import find_prefix, wrapper_of
+from modmoe.storage.staging import open_output
+from tests.support import moes, tiny
 
 UP = "model.layers.0.mlp.up_proj.weight"
 Spoil = Callable[[Path], object]

@@ -8,8 +8,8 @@ import pytest
 
 from modmoe.cli import main
 from modmoe.errors import RankError, RecipeError
-from modmoe.launch import check_precision, is_first_of_many, number_of
-from tests import tiny
+from modmoe.runtime.launch import check_precision, is_first_of_many, number_of
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze.stream import Turn, WholeModel, watched
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert import layerwise
-from modmoe.convert.layerwise import LayerFit, Rows, coefficients_TM
-from modmoe.convert.run import convert
+from modmoe.analysis.passes.stream import Turn, WholeModel, watched
+from modmoe.conversion.driver import convert
+from modmoe.conversion.modular import layerwise
+from modmoe.conversion.modular.layerwise import LayerFit, Rows, coefficients_TM
 from modmoe.errors import ModmoeError
-from modmoe.families import FAMILIES
-from modmoe.loading import load
-from modmoe.recipe import Recipe, make_recipe
-from tests.tiny import save_dense, write_tasks
+from modmoe.models.families import FAMILIES
+from modmoe.models.loading import load
+from modmoe.recipe.schema import Recipe, make_recipe
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.tiny import save_dense, write_tasks
 
 METHODS = ("top_score", "greedy", "tokens", "modules")
 
@@ -59,7 +59,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["fits"]
 
     monkeypatch.setattr(layerwise, "collect_rows", collecting)
-    monkeypatch.setattr("modmoe.convert.run.fit_layers", fitting)
+    monkeypatch.setattr("modmoe.conversion.modular.run.fit_layers", fitting)
     return found
 
 
@@ -117,7 +117,7 @@ def hidden_and_missing(recipe: Recipe, seen: dict[str, Any]) -> tuple[Tensor, Te
 def test_means_are_those_of_what_is_skipped(tmp_path: Path, seen: dict[str, Any], method: str) -> None:
     recipe = settings(tmp_path, "llama", **{"assignment.method": method, "assignment.refit": False})
     convert(recipe, str(tmp_path / "out"))
-    from modmoe.convert.run import settle
+    from modmoe.conversion.modular.run import settle
 
     _, _, skipped_NM, hidden_NF = hidden_and_missing(settle(recipe), seen)
     down_DF, module_F = seen["ffns"][0].down_DF, seen["partitions"][0].module_F

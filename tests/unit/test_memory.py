@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from modmoe import steps
-from modmoe.analyze.memory import advice, names_what_to_lower
+from modmoe import api
 from modmoe.errors import CheckpointError, RecipeError, is_out_of_memory
-from modmoe.finetune.trainer import ModularTrainer
-from modmoe.recipe import make_recipe
-from tests import tiny
+from modmoe.recipe.schema import make_recipe
+from modmoe.runtime.memory import advice, names_what_to_lower
+from modmoe.training.trainer import ModularTrainer
+from tests.support import tiny
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -117,10 +117,10 @@ def test_a_gpu_that_is_full_while_text_runs(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(OF_A_GPU)
 
-    monkeypatch.setattr("modmoe.analyze.run.profile_model", full)
+    monkeypatch.setattr("modmoe.analysis.run.profile_model", full)
     with pytest.raises(RecipeError) as caught:
         tasks = {"words": str(room / "tasks" / "words.jsonl")}
-        getattr(steps, step)(str(room / "dense"), str(tmp_path / "out"), tasks=tasks, device="cpu", batch_size=4)
+        getattr(api, step)(str(room / "dense"), str(tmp_path / "out"), tasks=tasks, device="cpu", batch_size=4)
     assert str(caught.value).startswith(
         "calibration: memory is full, 2.50 GiB more were asked for; set calibration.by_layer to true, or lower "
         "calibration.batch_size from 4 to 2, or lower calibration.sequence_length from "
@@ -143,11 +143,11 @@ def test_memory_that_is_full_in_a_step_of_training(room: Path, tmp_path: Path, m
         with pytest.raises(
             RecipeError, match=r"^finetune: memory is full, .* lower finetune\.batch_size from 4 to 2\."
         ) as caught:
-            steps.finetune(str(room / "dense"), str(tmp_path / "out"), **values)
+            api.finetune(str(room / "dense"), str(tmp_path / "out"), **values)
     states = tmp_path / "out.states"
     assert caught.value.__notes__ == [
         f"Training up to step 2 is kept in {states}; go on with --resume where there is more memory."
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["out.states"]
-    assert steps.finetune(str(room / "dense"), str(tmp_path / "out"), resume=True, **values)["steps"] == 3
+    assert api.finetune(str(room / "dense"), str(tmp_path / "out"), resume=True, **values)["steps"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modmoe import staging, steps
-from modmoe.checkpoint import Checkpoint
+from modmoe import api
 from modmoe.errors import ExportError, RecipeError
-from modmoe.export.native import native_export, native_warnings
-from modmoe.export.native_targets import CLIENTS, TARGETS
-from modmoe.export.run import export
-from tests.export_models import write_tied
-from tests.native_models import tied_models, write_native_source
+from modmoe.exports.converted import export
+from modmoe.formats.native.plan import native_export, native_warnings
+from modmoe.formats.native.targets import CLIENTS, TARGETS
+from modmoe.storage import staging
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.export_models import write_tied
+from tests.support.native_models import tied_models, write_native_source
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -233,7 +234,7 @@ def test_a_sliding_window_is_kept_by_transformers_and_told_to_others(tmp_path):
 
 
 def test_clients_are_those_of_the_command_line():
-    assert steps.CLIENTS == CLIENTS
+    assert api.CLIENTS == CLIENTS
     with pytest.raises(ExportError, match=r"Did you mean 'llama\.cpp'"):
         export("nowhere", "out", form="native", client="llama-cpp")
     with pytest.raises(ExportError, match="goes with the native form only"):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze.modules import Partition
-from modmoe.convert.from_outputs import OUTPUT_ASSIGNMENTS
-from modmoe.convert.outputs import ModuleOutputs, eliminate, module_outputs
+from modmoe.analysis.modules import Partition
+from modmoe.conversion.modular.from_outputs import OUTPUT_ASSIGNMENTS
+from modmoe.conversion.modular.module_outputs import ModuleOutputs, eliminate, module_outputs
 
 ROWS, WIDTH, MODULES, SIZE, TASKS = 60, 6, 8, 3, 3
 NAMES = ("a", "b", "c")
@@ -40,7 +40,9 @@ def outputs(is_centred: bool = True) -> ModuleOutputs:
 
 @pytest.mark.parametrize("is_centred", [False, True])
 def test_errors_are_those_of_leaving_modules_out(monkeypatch: pytest.MonkeyPatch, is_centred: bool) -> None:
-    monkeypatch.setattr("modmoe.convert.outputs._AT_ONCE", 7 * MODULES * WIDTH)  # pieces that do not divide the rows
+    monkeypatch.setattr(
+        "modmoe.conversion.modular.module_outputs._AT_ONCE", 7 * MODULES * WIDTH
+    )  # pieces that do not divide the rows
     hidden_NF, down_DF, partition, _ = planted()
     member_EM = torch.rand(4, MODULES, generator=torch.Generator().manual_seed(2)) < 0.5
     found_NE = outputs(is_centred).errors_NE(member_EM)

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from modmoe.cli import main
 from modmoe.errors import ExportError
-from modmoe.export import hub
-from modmoe.export.credentials import find_credential
-from modmoe.export.parcel import contents
-from tests import tiny
+from modmoe.exports import hub
+from modmoe.formats.credentials import find_credential
+from modmoe.formats.parcel import contents
+from tests.support import tiny
 
 # put together here, so that no one who looks for credentials finds this file
 SECRETS = {

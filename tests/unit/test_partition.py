@@ -14,9 +14,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from modmoe.analyze.balance import assign_balanced
-from modmoe.analyze.kmeans import balanced_kmeans
-from modmoe.analyze.partition import (
+from modmoe.analysis.balance import assign_balanced
+from modmoe.analysis.partitions.kmeans import balanced_kmeans
+from modmoe.analysis.partitions.table import (
     PARTITIONERS,
     Partition,
     check_num_modules,
@@ -24,9 +24,9 @@ from modmoe.analyze.partition import (
     load_partitions,
     save_partitions,
 )
-from modmoe.analyze.profile import ActivationProfile
+from modmoe.analysis.profile import ActivationProfile
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
-from modmoe.ffn import FFNWeights
+from modmoe.models.ffn_layout import FFNWeights
 
 
 def planted(neurons: int, num_modules: int, width: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -202,15 +202,15 @@ def test_a_number_that_does_not_divide_names_the_nearest(neurons: int, num_modul
 
 
 def test_partitioners_are_found_by_name_or_path() -> None:
-    assert find_partitioner("modmoe.analyze.random.cut_in_order") is PARTITIONERS["contiguous"]
+    assert find_partitioner("modmoe.analysis.partitions.random.cut_in_order") is PARTITIONERS["contiguous"]
     with pytest.raises(RecipeError, match=r"partition\.method: no method 'kmean'\. Did you mean 'kmeans'\?"):
         find_partitioner("kmean")
     with pytest.raises(RecipeError, match=r"'no\.such\.thing' cannot be imported"):
         find_partitioner("no.such.thing")
     with pytest.raises(RecipeError, match="cannot be imported"):
-        find_partitioner("modmoe.analyze.random.cut")
+        find_partitioner("modmoe.analysis.partitions.random.cut")
     with pytest.raises(RecipeError, match="is a dict, not a function"):
-        find_partitioner("modmoe.analyze.partition.PARTITIONERS")
+        find_partitioner("modmoe.analysis.partitions.table.PARTITIONERS")
 
 
 def test_round_trip_through_the_disk(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_round_trip_through_the_disk(tmp_path: Path) -> None:
 
 def test_importing_the_tables_imports_nothing_heavy() -> None:
     code = (
-        "import sys, modmoe.analyze, modmoe.convert.assignment; "
+        "import sys, modmoe.analyze, modmoe.conversion.modular.assignment; "
         "print([m for m in ('sklearn', 'scipy', 'datasets', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from modmoe import seal
 from modmoe.cli import main
 from modmoe.errors import RecipeError
-from modmoe.files import check_file, is_page, sign_page, write_file
-from modmoe.preflight import check_places, input_words
-from modmoe.seal import MARK, SEAL
-from modmoe.staging import open_output
+from modmoe.runtime.preflight import check_places, input_words
+from modmoe.storage import seal
+from modmoe.storage.files import check_file, is_page, sign_page, write_file
+from modmoe.storage.seal import MARK, SEAL
+from modmoe.storage.staging import open_output
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze import profile as profile_file
-from modmoe.analyze.calibration import Batch
-from modmoe.analyze.partition import Partition
-from modmoe.analyze.profile import ActivationProfile, load_profiles, profile_model, save_profiles
-from modmoe.analyze.stream import Turn, WholeModel, down_weight, watched
+from modmoe.analysis import profile as profile_file
+from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.passes.stream import Turn, WholeModel, down_weight, watched
+from modmoe.analysis.profile import ActivationProfile, load_profiles, profile_model, save_profiles
+from modmoe.analysis.text.calibration import Batch
 from modmoe.errors import CalibrationError, CheckpointError, PartitionError
-from modmoe.families import FAMILIES
-from tests.tiny import NEURONS, dense_model
+from modmoe.models.families import FAMILIES
+from tests.support.tiny import NEURONS, dense_model
 
 FIELDS = ("tokens_P", "sum_PF", "abs_PF", "square_PF", "taylor_PF", "norm_PM")
 FEW = ("llama", "gpt2", "opt", "phi3")

@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import modmoe
-from modmoe.analyze.profile import ActivationProfile, load_profiles
-from modmoe.analyze.score import neuron_scores
-from modmoe.analyze.stream import Turn, WholeModel, watched
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert import layerwise, prune
+from modmoe.analysis.passes.stream import Turn, WholeModel, watched
+from modmoe.analysis.profile import ActivationProfile, load_profiles
+from modmoe.analysis.score import neuron_scores
+from modmoe.conversion import prune
+from modmoe.conversion.modular import layerwise
 from modmoe.errors import ModmoeError, PlanError
-from modmoe.families import FAMILIES
-from modmoe.ffn import FFNWeights, LazyFFNs
-from modmoe.inspection import inspect
-from modmoe.loading import load
-from tests.tiny import NEURONS, save_dense, token_ids, write_tasks
+from modmoe.models.families import FAMILIES
+from modmoe.models.ffn_layout import FFNWeights, LazyFFNs
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.tiny import NEURONS, save_dense, token_ids, write_tasks
 
 RECIPES = Path(str(files("modmoe.recipes")))
 KEPT = 18

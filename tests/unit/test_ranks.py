@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze import ranks
-from modmoe.checkpoint import Checkpoint
 from modmoe.errors import CalibrationError
-from tests import ranked
+from modmoe.runtime import ranks
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support import ranked
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -73,7 +73,7 @@ def room(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [*command, str(repository / "tests" / "ranked.py"), str(room)],
+        [*command, str(repository / "tests" / "support" / "ranked.py"), str(room)],
         capture_output=True,
         text=True,
         timeout=900,

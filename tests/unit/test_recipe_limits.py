@@ -10,11 +10,11 @@ import pytest
 
 import modmoe
 from modmoe.adapters.budget import make_config
-from modmoe.analyze.partition import find_partitioner
+from modmoe.analysis.partitions.table import find_partitioner
 from modmoe.cli import main
 from modmoe.errors import AdapterError, ModmoeError, RecipeError
-from modmoe.recipe import load_recipe, make_recipe
-from tests import tiny
+from modmoe.recipe.schema import load_recipe, make_recipe
+from tests.support import tiny
 
 NAME = "modmoe_test_of_imports"
 
@@ -25,7 +25,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lib").mkdir()
     trace = tmp_path / "imported"
     (tmp_path / "lib" / f"{NAME}.py").write_text(
-        f"open({str(trace)!r}, 'w').close()\nfrom modmoe.analyze.random import cut_in_order as cut\n"
+        f"open({str(trace)!r}, 'w').close()\nfrom modmoe.analysis.partitions.random import cut_in_order as cut\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     monkeypatch.delitem(sys.modules, NAME, raising=False)

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze import page as parts
-from modmoe.analyze import plots
-from modmoe.analyze.report import order_modules, write_report
-from modmoe.analyze.routed import most_telling
-from modmoe.analyze.routed import text as coloured_text
-from modmoe.analyze.run import Analysis, analyze_source, open_source, silent
-from modmoe.analyze.script import SCRIPT
-from modmoe.convert.run import make_assignments
-from modmoe.recipe import Recipe, make_recipe
-from tests.reports import NASTY, analysed, full_report, routed_view, summary
+from modmoe.analysis.run import Analysis, analyze_source, open_source, silent
+from modmoe.conversion.modular.run import make_assignments
+from modmoe.recipe.schema import Recipe, make_recipe
+from modmoe.reports import page as parts
+from modmoe.reports import plots
+from modmoe.reports.report import order_modules, write_report
+from modmoe.reports.routed import most_telling
+from modmoe.reports.routed import text as coloured_text
+from modmoe.reports.script import SCRIPT
+from tests.support.reports import NASTY, analysed, full_report, routed_view, summary
 
 VOID = {"meta", "link", "br", "hr", "img", "path", "use", "image", "rect", "circle", "line", "stop"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, find_chromium
-from tests.reports import full_report
+from tests.support.browser import Browser, find_chromium
+from tests.support.reports import full_report
 
 SHOWN = "[...document.querySelectorAll('{}')].filter((part) => part.checkVisibility()).length"
 PICK = """(() => {{ const select = document.querySelectorAll('select')[{}]; select.value = '{}';

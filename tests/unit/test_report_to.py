@@ -14,14 +14,14 @@ from peft import get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from modmoe.checkpoint import Checkpoint
 from modmoe.cli.main import run as command
 from modmoe.errors import RecipeError
-from modmoe.finetune import curves
-from modmoe.finetune.curves import Curves
-from modmoe.finetune.train import finetune
-from modmoe.recipe import make_recipe
-from tests import adapted, tied, tiny
+from modmoe.recipe.schema import make_recipe
+from modmoe.storage.checkpoint import Checkpoint
+from modmoe.training import curves
+from modmoe.training.curves import Curves
+from modmoe.training.run import finetune
+from tests.support import adapted, tied, tiny
 
 VALUES = {"finetune.batch_size": 2, "finetune.sequence_length": 32, "finetune.learning_rate": 3e-3}
 

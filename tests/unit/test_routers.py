@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze.calibration import Batch
-from modmoe.analyze.partition import Partition
-from modmoe.analyze.stream import Turn, WholeModel, watched
-from modmoe.convert import fits, routers
-from modmoe.convert.assignment import ASSIGNMENTS, Assignment
-from modmoe.convert.routers import RouterStart, route, start_routers
-from modmoe.families import FAMILIES
-from modmoe.ffn import FFNWeights, LazyFFNs
-from modmoe.recipe import RouterRecipe
-from tests.tiny import NEURONS, dense_model
+from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.passes.stream import Turn, WholeModel, watched
+from modmoe.analysis.text.calibration import Batch
+from modmoe.conversion.modular import least_squares, routers
+from modmoe.conversion.modular.assignment import ASSIGNMENTS, Assignment
+from modmoe.conversion.modular.routers import RouterStart, route, start_routers
+from modmoe.models.families import FAMILIES
+from modmoe.models.ffn_layout import FFNWeights, LazyFFNs
+from modmoe.recipe.schema import RouterRecipe
+from tests.support.tiny import NEURONS, dense_model
 
 MODULES, EXPERTS = 8, 3
 STARTS = ("logistic", "least_squares", "centroid", "average_key", "zero")
@@ -133,7 +133,7 @@ def test_sequence_rows_are_what_the_model_will_read() -> None:
 def test_every_start_has_its_shapes_and_repeats(
     monkeypatch: pytest.MonkeyPatch, start: Any, kind: Any, routing: Any
 ) -> None:
-    monkeypatch.setattr(fits, "_MLP_STEPS", 20)
+    monkeypatch.setattr(least_squares, "_MLP_STEPS", 20)
     args = setting()
     recipe = RouterRecipe(start=start, kind=kind, routing=routing, routing_chunk=8)
     first, again = (start_routers(*args, recipe, seed=3) for _ in range(2))

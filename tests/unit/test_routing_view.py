@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.routing import RoutingView, dense_output, split_text, view_routing
-from modmoe.analyze.run import open_source
-from modmoe.analyze.stream import WholeModel
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert.run import convert
-from modmoe.families import family_of
-from modmoe.ffn import LazyFFNs, read_ffn
-from modmoe.loading import load
+from modmoe.analysis.passes.stream import WholeModel
+from modmoe.analysis.routing import RoutingView, dense_output, split_text, view_routing
+from modmoe.analysis.run import open_source
+from modmoe.conversion.driver import convert
 from modmoe.modeling.modular_ffn import ModularFFN
-from modmoe.recipe import Recipe, make_recipe
-from tests import tiny
+from modmoe.models.families import family_of
+from modmoe.models.ffn_layout import LazyFFNs, read_ffn
+from modmoe.models.loading import load
+from modmoe.recipe.schema import Recipe, make_recipe
+from modmoe.reports.report import write_report
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support import tiny
 
 COUNTS = {"sums": 4, "words": 4, "code": 4}
 
@@ -43,7 +44,7 @@ def made(home: Path, name: str, **changes: Any) -> tuple[Recipe, Any]:
             **changes,
         }
     )
-    convert(recipe, str(home / name), report=str(home / f"{name}.html"))
+    convert(recipe, str(home / name), report=str(home / f"{name}.html"), write_report=write_report)
     return recipe, load(home / name, device="cpu").double()
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analyze.calibration import load_task
-from modmoe.analyze.encoding import encode_row, encode_rows
-from modmoe.analyze.reading import Reading
-from modmoe.analyze.rows import TaskRows
+from modmoe.analysis.text.calibration import load_task
+from modmoe.analysis.text.encoding import encode_row, encode_rows
+from modmoe.analysis.text.reading import Reading
+from modmoe.analysis.text.rows import TaskRows
 from modmoe.errors import CalibrationError, CheckpointError
-from modmoe.finetune.data import training_set
-from modmoe.finetune.evaluate import evaluate_model
-from tests import tiny
+from modmoe.training.data import training_set
+from modmoe.training.evaluation.task_loss import evaluate_model
+from tests.support import tiny
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"

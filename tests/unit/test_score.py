@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.analyze.partition import Partition
-from modmoe.analyze.profile import ActivationProfile
-from modmoe.analyze.score import NEURON_SCORES, SCORES, module_scores, neuron_scores
+from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.profile import ActivationProfile
+from modmoe.analysis.score import NEURON_SCORES, SCORES, module_scores, neuron_scores
 from modmoe.errors import CalibrationError, PartitionError, RecipeError
-from modmoe.ffn import FFNWeights
+from modmoe.models.ffn_layout import FFNWeights
 
 NEURONS, MODULES = 12, 4
 GENERATOR = torch.Generator().manual_seed(0)

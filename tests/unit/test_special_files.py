@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from modmoe.cli.main import run
-from modmoe.documents import MOST_ENTRIES, check_files, check_tree, open_plain, read_text
 from modmoe.errors import CheckpointError
-from tests.tiny import save_dense, write_tasks
+from modmoe.storage.documents import MOST_ENTRIES, check_files, check_tree, open_plain, read_text
+from tests.support.tiny import save_dense, write_tasks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
 
@@ -160,7 +160,7 @@ def test_a_folder_is_looked_at_within_bounds(tmp_path: Path, monkeypatch: pytest
         check_files(tmp_path)
     assert MOST_ENTRIES > 1000
     (tmp_path / "chat_template.jinja").write_bytes(b"x")
-    monkeypatch.setattr("modmoe.documents.MOST_ENTRIES", 1)
+    monkeypatch.setattr("modmoe.storage.documents.MOST_ENTRIES", 1)
     with pytest.raises(CheckpointError, match="holds over 1 files"):
         check_files(tmp_path)
 
@@ -171,6 +171,6 @@ def test_a_file_that_is_exchanged_is_not_waited_for(tmp_path: Path, monkeypatch:
     assert read_text(path, 10) == "{}"
     path.unlink()
     os.mkfifo(path)
-    monkeypatch.setattr("modmoe.documents.special_kind", lambda _: "")
+    monkeypatch.setattr("modmoe.storage.documents.special_kind", lambda _: "")
     with pytest.raises(ValueError, match="no plain file"):
         open_plain(path)

@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmoe import steps
-from modmoe.analyze.modules import Partition
-from modmoe.checkpoint import Checkpoint
-from modmoe.convert.check import check_recipe
-from modmoe.convert.cmoe import MARKED, carve, markers
-from modmoe.convert.layerwise import Rows
-from modmoe.convert.moefication import active_mass, begin_mlp, train_mlp
-from modmoe.convert.routers import route
-from modmoe.convert.run import convert, settle
-from modmoe.convert.splits import SPLITS
+from modmoe import api
+from modmoe.analysis.modules import Partition
+from modmoe.conversion.driver import convert
+from modmoe.conversion.modular.layerwise import Rows
+from modmoe.conversion.modular.routers import route
+from modmoe.conversion.modular.run import settle
+from modmoe.conversion.options import check_recipe
+from modmoe.conversion.splits.cmoe import MARKED, carve, markers
+from modmoe.conversion.splits.moefication import active_mass, begin_mlp, train_mlp
+from modmoe.conversion.splits.table import SPLITS
 from modmoe.errors import ModmoeError
-from modmoe.ffn import FFNWeights
-from modmoe.inspection import inspect
-from modmoe.loading import load
-from modmoe.recipe import Recipe, load_recipe, make_recipe
-from tests.tiny import save_dense, token_ids, write_tasks
+from modmoe.models.ffn_layout import FFNWeights
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.recipe.schema import Recipe, load_recipe, make_recipe
+from modmoe.storage.checkpoint import Checkpoint
+from tests.support.tiny import save_dense, token_ids, write_tasks
 
 MODULES, NEURONS, WIDTH, ROWS = 4, 24, 12, 200
 
@@ -195,7 +196,7 @@ def test_a_split_is_a_checkpoint_like_any_other(
 
 
 def test_cmoe_keeps_the_modules_that_it_made(tmp_path: Path, sources: dict[str, Path]) -> None:
-    from modmoe.analyze.modules import load_partitions
+    from modmoe.analysis.modules import load_partitions
 
     recipe = make_recipe(
         {
@@ -237,7 +238,7 @@ def test_what_a_split_has_not_is_refused(method: str, more: dict[str, Any], mess
 
 def test_fit_bytes_is_refused() -> None:
     with pytest.raises(ModmoeError, match="--fit-bytes: emoe keeps every module"):
-        steps.convert("dense", "out", method="emoe", tasks={"sums": "sums.jsonl"}, fit_bytes=1000)
+        api.convert("dense", "out", method="emoe", tasks={"sums": "sums.jsonl"}, fit_bytes=1000)
 
 
 @pytest.mark.parametrize("method", SPLITS)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from modmoe import staging
 from modmoe.errors import RecipeError, disk_error
-from modmoe.seal import MARK, SEAL
-from modmoe.staging import open_output
+from modmoe.storage import staging
+from modmoe.storage.seal import MARK, SEAL
+from modmoe.storage.staging import open_output
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import modmoe
+from modmoe import api
+from modmoe.api import KEYWORDS, resolve_recipe
 from modmoe.errors import RecipeError
-from modmoe.recipe import Recipe, make_recipe
-from modmoe.steps import KEYWORDS, resolve_recipe
+from modmoe.recipe.schema import Recipe, make_recipe
 
 
 @pytest.mark.parametrize("name", modmoe.__all__)
@@ -22,15 +21,9 @@ def test_what_is_public_is_there(name: str) -> None:
     assert name in dir(modmoe)
 
 
-@pytest.mark.parametrize("name", ["analyze", "convert", "export", "finetune"])
-def test_a_step_stays_callable_when_its_package_is_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = importlib.import_module(f"modmoe.{name}")
-    called: list[Any] = []
-    monkeypatch.setattr(f"modmoe.steps.{name}", lambda *args, **keywords: called.append((args, keywords)))
-    getattr(modmoe, name)("a", b=1)
-    package(2)
-    assert called == [(("a",), {"b": 1}), ((2,), {})]
-    assert getattr(modmoe, name) is package
+@pytest.mark.parametrize("name", ["analyze", "convert", "export", "finetune", "evaluate", "inspect"])
+def test_a_step_is_a_function_of_api(name: str) -> None:
+    assert getattr(modmoe, name) is getattr(api, name)
 
 
 def test_importing_modmoe_imports_nothing_heavy() -> None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modmoe import shards
-from modmoe.checkpoint import MANIFEST, SINGLE, Checkpoint, CheckpointWriter, tensor_sha256
-from modmoe.convert.plan import Const, Copy, Plan, Stack, Take
 from modmoe.errors import CheckpointError, PlanError
-from modmoe.seal import MARK
-from modmoe.shards import DTYPES, Made, is_finite
-from modmoe.staging import open_output
+from modmoe.storage import shards
+from modmoe.storage.checkpoint import MANIFEST, SINGLE, Checkpoint, CheckpointWriter, tensor_sha256
+from modmoe.storage.plan import Const, Copy, Plan, Stack, Take
+from modmoe.storage.seal import MARK
+from modmoe.storage.shards import DTYPES, Made, is_finite
+from modmoe.storage.staging import open_output
 
 NEURONS, WIDTH = 96, 40
 DRAW = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ SOME_F = ORDER_F[:37]
 def small_pieces(monkeypatch):
     """Make every matrix here many pieces, of a size that divides nothing evenly."""
     monkeypatch.setattr(shards, "PIECE_BYTES", 776)
-    monkeypatch.setattr("modmoe.convert.plan.PIECE_BYTES", 776)
+    monkeypatch.setattr("modmoe.storage.plan.PIECE_BYTES", 776)
 
 
 def _random(*shape, dtype=torch.float32):
@@ -250,7 +250,7 @@ def test_workers_work_at_the_same_time(tmp_path):
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path, monkeypatch):
     """The largest array that a Take makes is a few pieces, whatever the tensor's size and the direction."""
-    monkeypatch.setattr("modmoe.convert.plan.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("modmoe.storage.plan.PIECE_BYTES", 1 << 12)
     source = {"a": torch.zeros(512, 300), "b": torch.zeros(300, 512)}
     index = torch.randperm(512)
     for op in (Take("a", index), Take("a", index, transpose=True), Take("b", index, 1), Take("b", index, 1, True)):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import trl
 
-from modmoe.analyze.chat import Template
-from modmoe.analyze.turns import CALLS, CONTENT, REASONING, TOOLS, Conversation
+from modmoe.analysis.text.chat import Template
+from modmoe.analysis.text.turns import CALLS, CONTENT, REASONING, TOOLS, Conversation
 from modmoe.errors import CalibrationError
-from tests import tiny
+from tests.support import tiny
 
 # templates of real models: with and without reasoning, with other ends of the last turn, with system texts of their own
 REAL = ["deepseekv3", "gemma", "glm4moe", "gptoss", "llama3_1", "lfm2", "phi3", "qwen2_5", "qwen3", "qwen3_5_think"]

@@ -1,0 +1,1 @@
+"""What all routed adapters share: attaching, passes, routing, losses."""

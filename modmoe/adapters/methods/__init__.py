@@ -1,0 +1,1 @@
+"""The methods of routed adapters, a paper a file."""

@@ -1,0 +1,1 @@
+"""From a task's file to tokens: rows, chat templates, batches."""

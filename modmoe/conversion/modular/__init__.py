@@ -1,0 +1,1 @@
+"""ModularMoE: experts that are sets of modules."""

@@ -1,0 +1,193 @@
+"""ModularMoE: one dense FFN becomes experts that are sets of shared modules.
+
+    ModularMoE (Liu et al., Findings of ACL 2026, 2026.findings-acl.174): the feed-forward layers are split into
+    disjoint modules, and each expert is a combination of such modules. The abstract says no more; how modules are
+    found, scored and given to experts is this package's choice and stands in the recipe.
+
+The tied layout is the dense FFN with its neurons reordered: the modules that every expert has first, then an order in
+which each expert's modules form few runs. Modules that no expert has are left out.
+"""
+
+# Shapes: F neurons, M modules, S modules stored, E experts
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modmoe.analysis.partitions.table import Partition
+from modmoe.conversion.modular.assignment import Assignment, seriate
+from modmoe.conversion.modular.layerwise import LayerFit
+from modmoe.conversion.modular.routers import RouterStart
+from modmoe.models.families import Family, neurons_of
+from modmoe.models.loading import DenseClasses
+from modmoe.recipe.schema import Recipe
+from modmoe.storage.checkpoint import Checkpoint
+from modmoe.storage.plan import Const, Copy, Op, Plan, Take
+from modmoe.version import __version__
+
+
+def modular_plan(
+    source: Checkpoint,
+    family: Family,
+    recipe: Recipe,
+    partitions: Sequence[Partition],
+    fits: Sequence[LayerFit],
+    classes: DenseClasses,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """Return the plan of the tied checkpoint; reads headers only.
+
+    Args:
+        source: the dense checkpoint.
+        family: its row.
+        recipe: what was asked for.
+        partitions: one a layer.
+        fits: one a layer: the experts over the partition's modules, the router to begin with, and repairs.
+        classes: the dense architecture's.
+        settings: the dense configuration with its defaults filled in; config.json may leave them out.
+    """
+    orders = [seriate(fit.assignment.membership_EM) for fit in fits]
+    ops: dict[str, Op] = {}
+    replaced: set[str] = set()
+    dropped: set[str] = set()
+    has_constant = leaves_constant(fits)
+    for layer, (partition, fit, order_S) in enumerate(zip(partitions, fits, orders, strict=True)):
+        assignment = fit.assignment
+        made = _layer_ops(source, family, layer, partition, order_S)
+        replaced.update(name for op in made.values() for name in op.inputs)
+        target = f"{family.layers}.{layer}.{family.ffn}"
+        down = f"{family.layers}.{layer}.{family.down}"
+        dtype = source.dtype(f"{down}.weight")
+        if fit.down_DF is not None:
+            dropped.update(made[f"{target}.down_proj.weight"].inputs)
+            made[f"{target}.down_proj.weight"] = Const(fit.down_DF[:, neuron_order(partition, order_S)].to(dtype))
+        made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
+        # int32, since collectives that bring buffers to other processes know no int16
+        place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
+        place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
+        made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
+        made.update(_router_ops(target, fit, order_S, dtype, has_constant))
+        ops.update(made)
+    kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
+    config = copy.deepcopy(source.config)
+    config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
+    config["left_out_means"] = has_constant
+    config["stored_modules"] = [len(order_S) for order_S in orders]
+    return Plan(config, {**kept, **ops}, frozenset(dropped))
+
+
+def leaves_constant(fits: Sequence[LayerFit]) -> bool:
+    """Whether there are means of modules that no expert has: then their sum is one more row of each layer's means."""
+    return fits[0].start.means_MD is not None and not all(bool(fit.assignment.used_M.all()) for fit in fits)
+
+
+def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
+    """Return the dense neuron that each stored neuron is, module after module."""
+    return partition.permutation_F.reshape(partition.num_modules, -1)[order_S].flatten()
+
+
+def _kept_name(name: str, family: Family) -> str:
+    head = f"{family.head}."
+    return f"lm_head.{name.removeprefix(head)}" if name.startswith(head) else name
+
+
+def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partition, order_S: Tensor) -> dict[str, Op]:
+    index_F = neuron_order(partition, order_S)
+    neurons = len(partition.module_F)
+    dense = f"{family.layers}.{layer}."
+    target = f"{family.layers}.{layer}.{family.ffn}."
+    ops: dict[str, Op] = {}
+
+    def rows(path: str, into: str, offset: int) -> None:
+        name = f"{dense}{path}"
+        taken_F = index_F + offset
+        ops[f"{target}{into}.weight"] = Take(
+            f"{name}.weight", taken_F, dim=1 if family.transposed else 0, transpose=family.transposed
+        )
+        if f"{name}.bias" in source:
+            ops[f"{target}{into}.bias"] = Take(f"{name}.bias", taken_F)
+
+    if family.gate is not None:
+        rows(family.gate, "gate_proj", 0)
+    rows(family.up, "up_proj", neurons if family.fused else 0)
+    down = f"{dense}{family.down}"
+    ops[f"{target}down_proj.weight"] = Take(
+        f"{down}.weight", index_F, dim=0 if family.transposed else 1, transpose=family.transposed
+    )
+    if f"{down}.bias" in source:
+        ops[f"{target}down_proj.bias"] = Copy(f"{down}.bias")
+    return ops
+
+
+def _router_ops(target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype, has_constant: bool) -> dict[str, Op]:
+    ops: dict[str, Op] = {}
+    start = fit.start
+    if start.weight_ED is not None:
+        ops[f"{target}.router.weight"] = Const(start.weight_ED.to(dtype))
+    if start.hidden_HD is not None and start.output_EH is not None:
+        ops[f"{target}.router.hidden.weight"] = Const(start.hidden_HD.to(dtype))
+        ops[f"{target}.router.output.weight"] = Const(start.output_EH.to(dtype))
+    if start.means_MD is not None:
+        means_SD = start.means_MD[order_S]
+        if has_constant:
+            means_SD = torch.cat([means_SD, start.means_MD[~fit.assignment.used_M].sum(0, keepdim=True)])
+        ops[f"{target}.means"] = Const(means_SD.to(dtype))
+    return ops
+
+
+def _fields(
+    source: Checkpoint,
+    family: Family,
+    recipe: Recipe,
+    partition: Partition,
+    assignment: Assignment,
+    start: RouterStart,
+    classes: DenseClasses,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    first_layer = f"{family.layers}.0."
+    roles = (("gate", family.gate), ("up", family.up), ("down", family.down))
+    biases = [role for role, path in roles if path is not None and f"{first_layer}{path}.bias" in source]
+    auto_map = {
+        "AutoConfig": f"configuration_modmoe.ModMoE{classes.config.__name__}",
+        "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{classes.causal_lm.__name__}",
+    }
+    if classes.model is not None:
+        auto_map["AutoModel"] = f"modeling_modmoe.ModMoE{classes.model.__name__}"
+    dense = {key: source.config[key] for key in ("model_type", "architectures", "auto_map") if key in source.config}
+    return {
+        "model_type": f"modmoe_{source.config['model_type']}",
+        "architectures": [f"ModMoE{classes.causal_lm.__name__}"],
+        "auto_map": auto_map,
+        "num_modules": partition.num_modules,
+        "module_size": partition.module_size,
+        "num_experts": len(assignment.expert_names),
+        "num_experts_per_tok": recipe.router.top_k,
+        "expert_names": list(assignment.expert_names),
+        "modules_per_expert": assignment.modules_per_expert,
+        "shared_modules": recipe.assignment.shared_modules,
+        "routing": recipe.router.routing,
+        "combine": recipe.router.combine,
+        "routing_chunk": recipe.router.routing_chunk,
+        "router_kind": recipe.router.kind,
+        "router_hidden": 0 if start.hidden_HD is None else start.hidden_HD.shape[0],
+        "compensation": recipe.router.compensation,
+        "default_expert": None,
+        "ffn_layers": family.layers,
+        "ffn_path": family.ffn,
+        "ffn_bypass": list(family.bypass),
+        "ffn_gated": family.gate is not None,
+        "ffn_biases": biases,
+        "ffn_activation": settings[family.activation],
+        "ffn_dropout": float(settings[family.dropout]) if family.dropout else 0.0,
+        "dense_intermediate_size": neurons_of(settings, family),
+        "dense_config": {**dense, "family": {**dataclasses.asdict(family), "bypass": list(family.bypass)}},
+        "modmoe_method": recipe.method,
+        "modmoe_version": __version__,
+    }

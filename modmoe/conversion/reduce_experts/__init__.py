@@ -1,0 +1,1 @@
+"""Pruning and merging the experts of a mixture of experts."""

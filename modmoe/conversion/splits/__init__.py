@@ -1,0 +1,1 @@
+"""Published ways of splitting an FFN into experts."""

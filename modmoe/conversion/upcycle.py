@@ -1,0 +1,317 @@
+"""Upcycling: a dense model whose FFNs become experts that are copies of them, in a format that every engine knows.
+
+    Sparse Upcycling, https://arxiv.org/abs/2212.05055
+    Drop-Upcycling, https://arxiv.org/abs/2502.19261, section 3
+
+    y = sum_{e in top_k} softmax_{top_k}(r_e x) FFN_e(x)       r drawn from N(0, 0.02^2)
+
+All FFN_e begin as the dense FFN. The weights of the chosen sum to 1, so that y is what it was: the model that is
+written is the dense model, and grows apart from it as it is trained. With ``upcycle.redrawn_fraction`` above 0 each
+expert draws that share of its neurons anew, so that experts differ from the start and the model has to be trained
+before it is of use: the same neurons of gate, up and down, each matrix from a normal distribution with the mean and the
+deviation of the weights replaced in it.
+
+Nothing is shared and no text is read. It is the peer that grows a model where the others cut it.
+"""
+
+# Shapes: T tokens, D model width, F neurons, E experts, K top_k, N neurons drawn anew, S modules stored
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modmoe.analysis.passes.by_layer import fits, free_bytes
+from modmoe.analysis.run import Progress, Source, open_dense, save_recipe, silent
+from modmoe.conversion.modular.run import peak_rss_bytes
+from modmoe.errors import RecipeError
+from modmoe.models.counts import count_sizes, tensor_parameters
+from modmoe.models.inspection import inspect
+from modmoe.models.loading import load
+from modmoe.recipe.schema import Recipe
+from modmoe.runtime import ranks
+from modmoe.storage.checkpoint import CheckpointWriter, copy_companions, write_json
+from modmoe.storage.plan import Copy, Op, Shape, Take
+from modmoe.storage.staging import check_output
+
+LOG = logging.getLogger(__name__)
+NativeExport = Callable[..., Any]
+"""Takes a tied checkpoint, and returns the plan of the same model in a format of transformers; see ``take``."""
+Prove = Callable[..., dict[str, Any]]
+"""Takes what returns the model in memory, its weights in a type, and the directory to compare it with."""
+WriteCard = Callable[[Path, dict[str, Any], Path, str | None], None]
+"""Takes the directory, the result, where the source lies and how it was named."""
+
+_ROUTER_STD = 0.02
+_ROLES = ("gate", "up", "down")
+_MEANT = frozenset({"method", "family", "seed", "trust_remote_code", "num_experts", "top_k"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Redrawn:
+    """A source matrix with some of its rows or columns drawn anew, as ``N(mean, std)`` of what they replace."""
+
+    name: str
+    index_N: Tensor
+    dim: int
+    seed: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the source tensors that it reads."""
+        return (self.name,)
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Return the source's shape."""
+        return shapes[self.name]
+
+    def dtype_of(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        """Return the source's type."""
+        return dtypes[self.name]
+
+    def make(self, source: Mapping[str, Tensor]) -> Tensor:
+        """Return the matrix; the same for the same seed."""
+        matrix = source[self.name].detach().to("cpu")
+        replaced = matrix.index_select(self.dim, self.index_N).float()
+        std, mean = torch.std_mean(replaced, correction=0)
+        drawn = torch.empty_like(replaced).normal_(generator=torch.Generator().manual_seed(self.seed))
+        return matrix.index_copy(self.dim, self.index_N, drawn.mul_(std).add_(mean).to(matrix.dtype))
+
+
+def check_flags(keywords: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a step's keyword that says nothing here; None is not given."""
+    for name, value in keywords.items():
+        if value is not None and value != {} and name not in _MEANT and "." not in name:
+            flag = "task" if name == "tasks" else name.replace("_", "-")
+            raise RecipeError(f"--{flag}: does not go with --method upcycle; leave it out.")
+
+
+def check_counts(recipe: Recipe) -> tuple[int, int]:
+    """Return the experts and how many of them are chosen; RecipeError where a router could not learn from them."""
+    experts, top_k = recipe.assignment.num_experts or 0, recipe.router.top_k
+    if top_k < 2:
+        raise RecipeError(
+            "router.top_k: the one expert chosen would always weigh 1, and its router never learn; choose 2 or more."
+        )
+    if top_k > experts:
+        raise RecipeError(f"router.top_k: {top_k} is more than the {experts} experts there are.")
+    return experts, top_k
+
+
+@ranks.joined()
+def upcycle(
+    recipe: Recipe,
+    output: str,
+    *,
+    native_export: NativeExport,
+    prove: Prove,
+    write_card: WriteCard,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a mixture of experts that begin as copies of the dense model's FFNs, whole or not at all.
+
+    Of the recipe count ``assignment.num_experts``, ``router.top_k``, ``upcycle`` and ``seed``. The source is left
+    unchanged; no more than a few of its tensors are in memory at a time, but for the proof, which is left out, with a
+    warning, where the model would take over half of the memory that is free.
+
+    Args:
+        recipe: what is asked for.
+        output: a directory that is free.
+        native_export: see ``modmoe.formats.native.plan.native_export``.
+        prove: reloads what was written and compares it: with the dense model where experts are copies, else with the
+            same experts made in memory.
+        write_card: writes README.md.
+        overwrite: replace what is in ``output``.
+        dry_run: return what would be made, from headers, and write nothing.
+        revision: of a source on the Hub.
+        progress: called with a message and, where they are known, what is done and what there is in all.
+
+    Returns the inspection of the new checkpoint with ``redrawn_fraction``, ``target``, ``parameters_before``,
+    ``warnings``, ``verified`` (None where it was left out), ``seconds`` and ``peak_rss_bytes``.
+
+    Raises:
+        RecipeError: numbers of experts that cannot be, or no room on the disk.
+        ModmoeError: another kind of it that says what to mend; nothing is left behind.
+    """
+    progress = progress or silent
+    started_s = time.monotonic()
+    check_output(output, overwrite=overwrite)
+    experts, top_k = check_counts(recipe)
+    source = open_dense(recipe, revision)
+    checkpoint, before = source.checkpoint, sum(tensor_parameters(source.checkpoint).values())
+    lay_out(recipe, source)
+    made = native_export(checkpoint, take=partial(take, recipe, source), instead="")
+    plan = made.plan
+    plan.config["modmoe_method"] = "upcycle"
+    shapes = plan.check(checkpoint)
+    size_bytes = sum(tensor.size_bytes for tensor in plan.outputs(checkpoint).values())
+    about: dict[str, Any] = {
+        "method": "upcycle",
+        "redrawn_fraction": recipe.upcycle.redrawn_fraction,
+        "target": made.target,
+        "parameters_before": before,
+        "warnings": [],
+    }
+    if dry_run:
+        counts = count_sizes({name: torch.Size(shape).numel() for name, shape in shapes.items()}, experts, top_k)
+        return {
+            "dry_run": True,
+            "model_type": made.target,
+            "num_layers": source.num_layers,
+            "num_experts": experts,
+            "top_k": top_k,
+            **about,
+            "parameters": {"dense": before, "stored": counts.stored, "active": counts.active},
+            "bytes": size_bytes,
+            "tensors": len(plan.ops),
+        }
+    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=size_bytes) as directory:
+        if not ranks.is_first():
+            return {"output": str(output)}
+        checkpoint.check_finite(partial(progress, "checking the source, bytes"))
+        writer = CheckpointWriter(directory, report=partial(progress, "writing, bytes"))
+        plan.run(checkpoint, writer)
+        writer.finish(plan.config)
+        copy_companions(checkpoint.directory, directory)
+        save_recipe(directory, recipe)
+        (directory / "analysis").mkdir()
+        write_json(directory / "analysis" / "plan.json", plan.describe())
+        about["verified"] = _verify(recipe, source, directory, prove, about["warnings"], progress)
+        for line in about["warnings"]:
+            LOG.warning("%s", line)
+        result = {**inspect(str(directory)), **about, "output": str(output)}
+        result["parameters"]["dense"] = before
+        write_card(directory, result, checkpoint.directory, recipe.source)
+        progress("putting it on the disk")
+    return {**result, "seconds": round(time.monotonic() - started_s, 2), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def lay_out(recipe: Recipe, source: Source) -> None:
+    """Make the source look like a tied model with a module for each expert: all that differs is laid over it.
+
+    Each expert's module is the whole FFN; ``take`` makes its neurons.
+    """
+    checkpoint, family = source.checkpoint, source.family
+    experts, top_k = check_counts(recipe)
+    first = f"{family.layers}.0."
+    paths = zip(_ROLES, (family.gate, family.up, family.down), strict=True)
+    dense = {key: checkpoint.config[key] for key in ("model_type", "architectures") if key in checkpoint.config}
+    checkpoint.config = {
+        **copy.deepcopy(checkpoint.config),
+        "dense_config": dense,
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "combine": "sum",
+        "module_size": source.neurons,
+        "dense_intermediate_size": source.neurons,
+        "ffn_biases": [role for role, path in paths if f"{first}{path}.bias" in checkpoint],
+        "ffn_activation": source.settings[family.activation],
+    }
+    width = int(source.settings.get("hidden_size") or 0)
+    for layer in range(source.num_layers):
+        prefix = f"{family.layers}.{layer}."
+        draw = torch.Generator().manual_seed(_seed(recipe, layer))
+        router_ED = torch.empty(experts, width).normal_(std=_ROUTER_STD, generator=draw)
+        dtype = checkpoint.dtype(f"{prefix}{family.up}.weight")
+        checkpoint.add(
+            {
+                f"{prefix}{family.ffn}.router.weight": router_ED.to(dtype),
+                f"{prefix}{family.ffn}.membership": torch.eye(experts, dtype=torch.bool),
+            }
+        )
+
+
+def take(recipe: Recipe, source: Source, name: str, neurons: Tensor, dim: int) -> Op:
+    """Return the op of an expert's matrix, where ``neurons`` are those of its module, else of any neurons."""
+    expert, index = int(neurons[0]) // source.neurons, neurons % source.neurons
+    if not torch.equal(index, torch.arange(source.neurons)):
+        return Take(name, index, dim=dim)
+    drawn = round(recipe.upcycle.redrawn_fraction * source.neurons)
+    if not drawn:
+        return Copy(name)
+    layer = int(name.removeprefix(f"{source.family.layers}.").partition(".")[0])
+    draw = torch.Generator().manual_seed(_seed(recipe, layer, expert))
+    index_N = torch.randperm(source.neurons, generator=draw)[:drawn].sort().values
+    role = next(number for number, role in enumerate(_ROLES, 1) if f".{role}_proj." in name)
+    return Redrawn(name, index_N, dim, _seed(recipe, layer, expert, role))
+
+
+def _seed(recipe: Recipe, layer: int, expert: int = -1, role: int = 0) -> int:
+    """Return a seed of its own for each matrix that is drawn."""
+    return (((recipe.seed * 4096 + layer) * 4096 + expert + 1) * 4 + role) % 2**63
+
+
+def _verify(
+    recipe: Recipe, source: Source, directory: Path, prove: Prove, warnings: list[str], progress: Progress
+) -> dict[str, Any] | None:
+    """Compare what was written with the model in memory; None, and a warning more, where it does not fit there."""
+    numbers = inspect(str(directory))["parameters"]["stored"]
+    dtype = source.checkpoint.dtype(f"{source.family.layers}.0.{source.family.up}.weight")
+    size_bytes = numbers * torch.promote_types(dtype, torch.float32).itemsize
+    if not fits(size_bytes, torch.device("cpu")):
+        free = free_bytes(torch.device("cpu"))
+        warnings.append(f"not verified: that takes {size_bytes / 5e8:.1f} GB of memory, and {free / 1e9:.1f} are free.")
+        return None
+    progress("verifying in a process of its own")
+
+    def in_memory(dtype: torch.dtype) -> Any:
+        options: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code, "device": "cpu", "dtype": dtype}
+        model: Any = load(source.checkpoint.directory, **options)
+        if recipe.upcycle.redrawn_fraction:
+            for layer in range(source.num_layers):
+                place = model.get_submodule(f"{source.family.layers}.{layer}")
+                place.set_submodule(source.family.ffn, Mixture(recipe, source, layer, place).to(dtype))
+        return model
+
+    # the default way of computing experts is for GPUs
+    return prove(in_memory, directory, options={"experts_implementation": "eager"})
+
+
+class Mixture(nn.Module):
+    """The experts of one layer, in the slow and obvious way."""
+
+    router_ED: Tensor
+
+    def __init__(self, recipe: Recipe, source: Source, layer: int, decoder: nn.Module) -> None:
+        """Make them from the FFN of the dense model's decoder layer."""
+        super().__init__()
+        family, tensors = source.family, source.checkpoint
+        prefix, ffn = f"{family.layers}.{layer}.", decoder.get_submodule(family.ffn)
+        self.top_k = recipe.router.top_k
+        self.register_buffer("router_ED", tensors[f"{prefix}{family.ffn}.router.weight"])
+        experts = []
+        for expert in range(check_counts(recipe)[0]):
+            neurons = torch.arange(source.neurons) + expert * source.neurons
+            made: Any = copy.deepcopy(ffn)
+            for role, dim in zip(_ROLES, (0, 0, 1), strict=True):
+                name = f"{prefix}{family.ffn}.{role}_proj.weight"
+                with torch.no_grad():
+                    made.get_submodule(f"{role}_proj").weight.copy_(
+                        take(recipe, source, name, neurons, dim).make(tensors)
+                    )
+            experts.append(made)
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the weighted sum of the experts chosen for each token."""
+        logits_TE = x.flatten(0, -2) @ self.router_ED.T
+        high = torch.promote_types(x.dtype, torch.float32)
+        chosen_TK, ids_TK = logits_TE.softmax(-1, dtype=high).topk(self.top_k)
+        weights_TK = (chosen_TK / chosen_TK.sum(-1, keepdim=True)).to(x.dtype)
+        weights_TE = torch.zeros_like(logits_TE).scatter_(1, ids_TK, weights_TK)
+        y = torch.zeros_like(x)
+        for expert, weight_T in zip(self.experts, weights_TE.T, strict=True):
+            y = y + expert(x) * weight_T.view(*x.shape[:-1], 1)
+        return y

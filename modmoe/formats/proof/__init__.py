@@ -1,0 +1,1 @@
+"""Comparing an export with the model that it was made from."""

@@ -1,0 +1,1 @@
+"""Recipes: what a run is told, from YAML or flags, checked before anything is done."""

@@ -1,0 +1,75 @@
+"""What to lower where memory runs out, and by how much."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
+
+from modmoe.errors import ModmoeError, RecipeError, is_out_of_memory
+from modmoe.recipe.schema import Recipe
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# of torch's allocators for the CPU and for GPUs, and of numpy's
+_ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
+_SHORTEST = 32
+"""Tokens; sequences shorter than this are no text to learn from."""
+
+
+@contextlib.contextmanager
+def names_what_to_lower(
+    recipe: Recipe, part: str, kind: type[ModmoeError] = RecipeError, num_sharing: int = 1
+) -> Iterator[None]:
+    """Turn an error of memory into one line that names values of the recipe's ``part`` and what to set them to.
+
+    Args:
+        recipe: what is run.
+        part: ``calibration`` or ``finetune``.
+        kind: the error that is raised.
+        num_sharing: processes that share a batch, and among which it has to divide.
+
+    Raises:
+        ModmoeError: memory is full; of ``kind``.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ModmoeError) or not is_out_of_memory(error):
+            raise
+        asked = _ASKED.search(str(error))
+        lacking = f", {asked[1]} {asked[2]} more were asked for" if asked else ""
+        made = kind(f"{part}: memory is full{lacking}; {advice(recipe, part, num_sharing)}.")
+        for note in getattr(error, "__notes__", ()):
+            made.add_note(note)
+        raise made from error
+
+
+def calibrates(step: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
+    """Let a step that runs calibration text name what to lower where memory runs out."""
+
+    @functools.wraps(step)
+    def told(recipe: Recipe, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with names_what_to_lower(recipe, "calibration"):
+            return step(recipe, *args, **kwargs)
+
+    return told
+
+
+def advice(recipe: Recipe, part: str, num_sharing: int = 1) -> str:
+    """Return what to do: halve the batch or the sequences, or hold less of the model."""
+    values = recipe.finetune if part == "finetune" else recipe.calibration
+    found = []
+    needs_whole = recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
+    if part == "calibration" and not recipe.calibration.by_layer and not needs_whole:
+        found.append("set calibration.by_layer to true")
+    batch = values.batch_size // 2 // num_sharing * num_sharing
+    if batch:
+        found.append(f"lower {part}.batch_size from {values.batch_size} to {batch}")
+    if values.sequence_length >= 2 * _SHORTEST:
+        found.append(f"lower {part}.sequence_length from {values.sequence_length} to {values.sequence_length // 2}")
+    if part == "finetune" and recipe.finetune.train == "full":
+        found.append("set finetune.train to lora")
+    return ", or ".join(found) if found else "take a machine with more of it"

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, stand-ins for the Hub, runs in several processes."""
