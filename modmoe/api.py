@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modmoe.conversion.table import find_conversion
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.recipe.keywords import KEYWORDS
 from modmoe.runtime.preflight import check_places, check_there, input_words, need_source_and_tasks, recipe_inputs
@@ -164,42 +165,26 @@ def _convert(
 ) -> tuple[Recipe, dict[str, Any]]:
     """Convert by the recipe's method, and return the recipe that was run as well."""
     resolved = resolve_recipe("convert", source, recipe, keywords, allow_code=allow_code)
-    for flag in ("adapter", "budget"):
-        if keywords.get(flag) is not None and resolved.method != "adapters":
-            raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
-    reads_text = resolved.method not in ("upcycle", "adapters")
-    need_source_and_tasks("convert", resolved, reads_text=reads_text)
-    if fit_bytes is not None and resolved.method not in ("experts", "upcycle", "prune"):
-        _check_sizes(resolved.method, keywords)
-    if resolved.method != "upcycle":  # which has flags to refuse first, with its code
-        check_there(
-            [resolved.source],
-            resolved.tasks if reads_text and not options["dry_run"] else {},
-            takes_adapters=False,
-            reads_text=reads_text,
-        )
+    conversion = find_conversion(resolved.method)
+    conversion.refuse(resolved.method, {**keywords, "fit_bytes": fit_bytes, "report": report})
+    need_source_and_tasks("convert", resolved, reads_text=conversion.reads_text)
+    check_there(
+        [resolved.source],
+        resolved.tasks if conversion.reads_text and not options["dry_run"] else {},
+        takes_adapters=False,
+        reads_text=conversion.reads_text,
+    )
     inputs = recipe_inputs(resolved, source, recipe)
-    check_places(_output("convert", output), overwrite=options["overwrite"], report=report, inputs=inputs)
-    if resolved.method == "experts":
-        from modmoe.conversion.reduce_experts.run import expert_places, reduce_experts
-        from modmoe.formats.card.experts import write_experts_card
-        from modmoe.formats.proof.verify import verify
-
-        places = expert_places({**keywords, "fit_bytes": fit_bytes, "report": report}, KEYWORDS["convert"])
-        resolved = resolve_recipe("convert", source, recipe, places, allow_code=allow_code)
-        out = _output("convert", output)
-        return resolved, reduce_experts(resolved, out, prove=verify, write_card=write_experts_card, **options)
-    if resolved.method == "upcycle":
-        from modmoe.exports.upcycled import upcycle_checked
-
-        given = {**keywords, "fit_bytes": fit_bytes, "report": report}
-        return resolved, upcycle_checked(resolved, _output("convert", output), given, **options)
-    if resolved.method == "adapters":
-        return resolved, _attach(resolved, output, keywords, **options)
-    if resolved.method == "prune":
-        from modmoe.conversion.prune import check_flags
-
-        check_flags({**keywords, "fit_bytes": fit_bytes, "report": report})
+    out = _output("convert", output)
+    check_places(out, overwrite=options["overwrite"], report=report, inputs=inputs)
+    if conversion.places:
+        placed = {conversion.places.get(name, name): value for name, value in keywords.items()}
+        resolved = resolve_recipe("convert", source, recipe, placed, allow_code=allow_code)
+    counts = {name: keywords[name] for name in conversion.counts_of_adapter if keywords.get(name) is not None}
+    if counts:
+        resolved = resolve_recipe(
+            "convert", resolved, None, {"adapter_settings": {**resolved.adapter.settings, **counts}}
+        )
     if fit_bytes is not None:
         from modmoe.models.counts import modules_that_fit
 
@@ -208,26 +193,7 @@ def _convert(
     from modmoe.conversion.driver import convert as run
     from modmoe.reports.report import write_report
 
-    return resolved, run(resolved, _output("convert", output), report=report, write_report=write_report, **options)
-
-
-def _check_sizes(method: str, keywords: Mapping[str, Any]) -> None:
-    """Refuse ``fit_bytes`` where it says nothing, or something else does."""
-    if method == "adapters":
-        raise RecipeError("--fit-bytes: adapters are sized by --budget, a number of parameters.")
-    if keywords.get("modules_per_expert") is not None or keywords.get("active_fraction") is not None:
-        raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
-    if method != "modular":
-        raise RecipeError(f"--fit-bytes: {method} keeps every module; leave it out.")
-
-
-def _attach(recipe: Recipe, output: str | Path | None, keywords: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """Attach routed adapters; num_experts and top_k are the adapter's here, and there is no text to read."""
-    counts = {name: keywords[name] for name in ("num_experts", "top_k") if keywords.get(name) is not None}
-    recipe = resolve_recipe("convert", recipe, None, {"adapter_settings": {**recipe.adapter.settings, **counts}})
-    from modmoe.conversion.attach_adapters import attach_adapters
-
-    return attach_adapters(recipe, _output("convert", output), **options)
+    return resolved, run(resolved, out, report=report, write_report=write_report, **options)
 
 
 def finetune(

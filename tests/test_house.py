@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -37,3 +38,23 @@ def test_the_tree_is_the_one_that_contributing_shows(repository: Path) -> None:
     text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert f"```text\n{house.tree()}```" in text, "put there what `python -m tests.support.house tree` prints"
     assert all(" " in line.strip() for line in house.tree().splitlines()[1:]), "a file has no docstring"
+
+
+def test_tables_lie_where_contributing_says(repository: Path) -> None:
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"`([A-Z_]+)` (?:in|of) `([\w/]+\.py)`", text)
+    assert len(rows) >= 8
+    for table, named in rows:
+        files = [file for file in (repository / "modmoe").rglob("*.py") if str(file).endswith(f"/{named}")]
+        assert any(re.search(rf"(?m)^{table}\b", file.read_text(encoding="utf-8")) for file in files), (table, named)
+
+
+def test_a_conversion_is_told_by_its_row_alone() -> None:
+    """No other file compares a recipe's method with a name."""
+    compared = re.compile(r"recipe\.method\s*(?:==|!=|in\b|not in\b)")
+    found = {
+        module: compared.findall(file.read_text(encoding="utf-8"))
+        for module, file in house.sources().items()
+        if module != "modmoe.conversion.table"
+    }
+    assert {module: lines for module, lines in found.items() if lines} == {}

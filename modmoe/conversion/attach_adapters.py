@@ -19,6 +19,12 @@ from modmoe.storage.checkpoint import copy_companions, resolve_source
 from modmoe.storage.staging import check_output, open_output
 
 
+def check_method(recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe names no adapter to attach."""
+    if recipe.adapter.method is None:
+        raise RecipeError("adapter.method: is not given; method adapters needs one.")
+
+
 def attach_adapters(
     recipe: Recipe, output: str, *, overwrite: bool, dry_run: bool, revision: str | None, progress: Any = None
 ) -> dict[str, Any]:

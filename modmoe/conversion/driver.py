@@ -1,4 +1,4 @@
-"""One call for every conversion that is written as a ModularMoE or as a dense model: which one, the recipe says."""
+"""One call for every conversion: which one, the recipe says."""
 
 from __future__ import annotations
 
@@ -6,14 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from modmoe.analysis.run import Progress
-from modmoe.conversion.modular.run import convert_modular
-from modmoe.conversion.prune import prune
-from modmoe.conversion.splits.table import SPLITS
-from modmoe.errors import RecipeError, did_you_mean
+from modmoe.conversion.table import find_conversion, function_at
 from modmoe.recipe.schema import Recipe
-
-METHODS = ("modular", *SPLITS, "prune", "upcycle", "experts", "adapters")
-"""Every conversion by its name."""
 
 
 def convert(
@@ -27,21 +21,13 @@ def convert(
     write_report: Callable[..., None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Convert a dense checkpoint as the recipe says; see ``convert_modular`` and ``prune``.
+    """Convert a checkpoint as the recipe says; see what the row of its method in ``CONVERSIONS`` runs.
 
     ``write_report`` writes ``report``, which is not written without it. Raises RecipeError for an unknown method.
     """
-    if recipe.method not in METHODS:
-        raise RecipeError(f"method: no method '{recipe.method}'.{did_you_mean(recipe.method, METHODS)}")
-    if recipe.method == "prune":
-        return prune(recipe, output, overwrite=overwrite, dry_run=dry_run, revision=revision, progress=progress)
-    return convert_modular(
-        recipe,
-        output,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        revision=revision,
-        report=report,
-        write_report=write_report,
-        progress=progress,
-    )
+    conversion = find_conversion(recipe.method)
+    options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "revision": revision, "progress": progress}
+    if conversion.is_modular:
+        options |= {"report": report, "write_report": write_report}
+    result: dict[str, Any] = function_at(conversion.run)(recipe, output, **options)
+    return result

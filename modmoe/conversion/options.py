@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from modmoe.analysis.partitions.table import find_partitioner
 from modmoe.analysis.score import SCORES
-from modmoe.conversion.driver import METHODS
 from modmoe.conversion.modular.assignment import ASSIGNMENTS
 from modmoe.conversion.modular.from_outputs import OUTPUT_ASSIGNMENTS
-from modmoe.conversion.modular.run import check_experts, settle
 from modmoe.conversion.prune import SCORES as NEURON_SCORES
 from modmoe.conversion.reduce_experts.reduction import SCORES as EXPERT_SCORES
-from modmoe.conversion.splits.table import SPLITS
-from modmoe.conversion.upcycle import check_counts
+from modmoe.conversion.table import CONVERSIONS, function_at
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.models.families import family_of
 from modmoe.recipe.schema import Recipe
@@ -24,9 +21,9 @@ def check_recipe(recipe: Recipe) -> None:
     """
     find_partitioner(recipe.partition.method)
     for place, name, known in (
-        ("method", recipe.method, METHODS),
+        ("method", recipe.method, tuple(CONVERSIONS)),
         ("assignment.method", recipe.assignment.method, (*ASSIGNMENTS, *OUTPUT_ASSIGNMENTS)),
-        ("assignment.score", recipe.assignment.score, NEURON_SCORES if recipe.method == "prune" else tuple(SCORES)),
+        ("assignment.score", recipe.assignment.score, _scores_of(recipe.method)),
         ("experts.score", recipe.experts.score, tuple(EXPERT_SCORES)),
     ):
         if name not in known:
@@ -37,13 +34,11 @@ def check_recipe(recipe: Recipe) -> None:
         from modmoe.adapters.budget import make_config
 
         make_config(recipe.adapter.method, recipe.adapter.settings)
-    elif recipe.method == "adapters":
-        raise RecipeError("adapter.method: is not given; method adapters needs one.")
-    if recipe.method == "experts" and recipe.experts.num_experts is None:
-        raise RecipeError("experts.num_experts: is not given; say how many experts each layer keeps.")
-    if recipe.method == "upcycle":
-        check_counts(recipe)
-    if recipe.tasks and recipe.method == "modular":
-        check_experts(recipe)
-    if recipe.method in SPLITS:
-        check_experts(settle(recipe))
+    check = CONVERSIONS[recipe.method].check
+    if check:
+        function_at(check)(recipe)
+
+
+def _scores_of(method: str) -> tuple[str, ...]:
+    conversion = CONVERSIONS.get(method)
+    return tuple(NEURON_SCORES) if conversion is not None and conversion.scores == "neurons" else tuple(SCORES)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,10 +67,6 @@ SCORES = (*NEURON_SCORES, "random")
 """Names of the scores."""
 _MLP_BIAS = ("granite", "llama")
 """Families whose configuration key ``mlp_bias`` gives all three projections a bias."""
-_MEANT = frozenset(
-    {"tasks", "method", "family", "seed", "device", "trust_remote_code", "tokens", "sequence_length", "batch_size"}
-    | {"by_layer", "score", "active_fraction", "refit", "compensation"}
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,13 +79,6 @@ class PrunedFFN:
     """Their down projection fitted anew; None where it stays."""
     bias_D: Tensor | None = None
     """The bias behind it; None where it stays, or there is none."""
-
-
-def check_flags(keywords: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a step's keyword that says nothing here; None is not given."""
-    for name, value in keywords.items():
-        if value is not None and name not in _MEANT and "." not in name:
-            raise RecipeError(f"--{name.replace('_', '-')}: does not go with --method prune; leave it out.")
 
 
 @ranks.joined()

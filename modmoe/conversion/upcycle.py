@@ -34,6 +34,9 @@ from modmoe.analysis.passes.by_layer import fits, free_bytes
 from modmoe.analysis.run import Progress, Source, open_dense, save_recipe, silent
 from modmoe.conversion.modular.run import peak_rss_bytes
 from modmoe.errors import RecipeError
+from modmoe.formats.card.upcycled import write_upcycled_card
+from modmoe.formats.native.plan import native_export
+from modmoe.formats.proof.verify import verify
 from modmoe.models.counts import count_sizes, tensor_parameters
 from modmoe.models.inspection import inspect
 from modmoe.models.loading import load
@@ -53,7 +56,6 @@ WriteCard = Callable[[Path, dict[str, Any], Path, str | None], None]
 
 _ROUTER_STD = 0.02
 _ROLES = ("gate", "up", "down")
-_MEANT = frozenset({"method", "family", "seed", "trust_remote_code", "num_experts", "top_k"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,14 +89,6 @@ class Redrawn:
         return matrix.index_copy(self.dim, self.index_N, drawn.mul_(std).add_(mean).to(matrix.dtype))
 
 
-def check_flags(keywords: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a step's keyword that says nothing here; None is not given."""
-    for name, value in keywords.items():
-        if value is not None and value != {} and name not in _MEANT and "." not in name:
-            flag = "task" if name == "tasks" else name.replace("_", "-")
-            raise RecipeError(f"--{flag}: does not go with --method upcycle; leave it out.")
-
-
 def check_counts(recipe: Recipe) -> tuple[int, int]:
     """Return the experts and how many of them are chosen; RecipeError where a router could not learn from them."""
     experts, top_k = recipe.assignment.num_experts or 0, recipe.router.top_k
@@ -112,9 +106,9 @@ def upcycle(
     recipe: Recipe,
     output: str,
     *,
-    native_export: NativeExport,
-    prove: Prove,
-    write_card: WriteCard,
+    native_export: NativeExport = native_export,
+    prove: Prove = verify,
+    write_card: WriteCard = write_upcycled_card,
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,

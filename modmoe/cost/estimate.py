@@ -9,6 +9,7 @@ from typing import Any
 
 from modmoe.analysis.run import needs_gradients
 from modmoe.conversion.attach_adapters import adapter_config, describe
+from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import DEVICES, Device, find_device
 from modmoe.cost.formulas import Need, Sizes, estimate_convert, estimate_finetune, sizes_of
 from modmoe.errors import RecipeError
@@ -107,9 +108,10 @@ def sizes_after(recipe: Recipe, sizes: Sizes, plan: Mapping[str, Any]) -> Sizes:
     counts = plan["parameters"]
     stored = counts.get("stored_at_most", counts.get("stored", sizes.parameters))
     body = sizes.body  # of a mixture, what a token has chosen stays
-    if recipe.method == "upcycle":
+    keeps = find_conversion(recipe.method).body
+    if keeps == "active":
         body += counts["active"] - sizes.parameters
-    elif recipe.method != "experts":
+    elif keeps == "stored":
         # training computes every stored module and masks what is off
         body += stored - sizes.parameters
     layer = sizes.layer + (stored - sizes.parameters) // sizes.layers
@@ -180,7 +182,7 @@ def _holds(estimate: Estimate, recipe: Recipe, device: Device) -> bool:
 def _converting(recipe: Recipe) -> list[list[tuple[str, Recipe]]]:
     """Return what can be changed to convert with less memory: of each kind the least change first."""
     text, kinds = recipe.calibration, [_smaller(recipe, "calibration")]
-    if not needs_gradients(recipe) and recipe.method != "experts" and not text.by_layer:
+    if not needs_gradients(recipe) and find_conversion(recipe.method).has_by_layer and not text.by_layer:
         by_layer = dataclasses.replace(recipe, calibration=dataclasses.replace(text, by_layer=True))
         kinds.append([("set calibration.by_layer to true", by_layer)])
     return kinds

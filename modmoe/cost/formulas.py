@@ -27,6 +27,7 @@ from modmoe.conversion.modular.layerwise import KEPT_ROWS as LAYERWISE_ROWS
 from modmoe.conversion.modular.routers import KEPT_ROWS as ROUTER_ROWS
 from modmoe.conversion.modular.run import count_experts, fits_layerwise, settle
 from modmoe.conversion.proof import _FLOAT64_PARAMETERS
+from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import Device
 from modmoe.models.counts import routed_of
 from modmoe.recipe.schema import FinetuneRecipe, Recipe
@@ -167,35 +168,35 @@ def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
     need = Need(host_bytes=PROCESS_BYTES["convert"])
     need.take("start", *START_S)
     num_bytes = sizes.num_bytes
-    if recipe.method in ("adapters", "upcycle"):
-        # no text is run; the model is loaded once, or copied
+    conversion = find_conversion(recipe.method)
+    if not conversion.reads_text:
+        # the model is loaded once, or copied
         need.move(num_bytes, READ_RATE)
-        if recipe.method == "upcycle":
-            experts = recipe.assignment.num_experts or 1
-            need.move(
-                num_bytes + (experts - 1) * 3 * sizes.layers * sizes.width * sizes.neurons * sizes.itemsize, WRITE_RATE
-            )
+        copies = conversion.copies(recipe)
+        if copies:
+            ffns_bytes = 3 * sizes.layers * sizes.width * sizes.neurons * sizes.itemsize
+            need.move(num_bytes + (copies - 1) * ffns_bytes, WRITE_RATE)
         need.host_bytes += 2 * num_bytes
         return _placed(need, device)
-    if recipe.method not in ("prune", "experts"):
+    if conversion.is_modular:
         recipe = settle(recipe)
     text = recipe.calibration
     tokens = text.tokens * max(1, len(recipe.tasks))
     batch_tokens = text.batch_size * text.sequence_length
     batches = math.ceil(tokens / batch_tokens)
     gradients = needs_gradients(recipe)
-    by_layer = text.by_layer if recipe.method != "experts" else False
+    by_layer = text.by_layer if conversion.has_by_layer else False
     if by_layer is None:
         by_layer = not gradients and not leaves_half(num_bytes, device.memory_bytes)
     weights = sizes.outside + sizes.layer if by_layer else sizes.parameters
     kept_layers = 1 if by_layer else sizes.layers
 
-    layerwise = recipe.method not in ("prune", "experts") and fits_layerwise(recipe)
+    layerwise = conversion.is_modular and fits_layerwise(recipe)
     repairs = recipe.router.compensation or recipe.assignment.refit
-    routed = recipe.method not in ("prune", "experts") and recipe.router.routing != "task"
+    routed = conversion.is_modular and recipe.router.routing != "task"
     passes = 1 + (recipe.assignment.score == "output_norm") + (len(recipe.tasks) == 1 and count_clusters(recipe) > 1)
     passes += (3 if repairs else 2) if layerwise else routed + recipe.router.compensation
-    passes = 2 if recipe.method == "experts" else passes
+    passes = passes if conversion.passes is None else conversion.passes
     flops = forward_flops(sizes, tokens, text.sequence_length, has_head=False)
     # a backward pass to the activations, with the head, costs as much again as the forward
     total = passes * flops + (flops + 4 * sizes.head * tokens if gradients else 0)
@@ -217,7 +218,7 @@ def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
         here_bytes += _activation_bytes(sizes, batch_tokens, sizes.itemsize, sizes.itemsize, train="router")
         here_bytes += 3 * batch_tokens * sizes.vocabulary * 4
     host_bytes = float(profile_bytes)
-    if recipe.method not in ("prune", "experts"):
+    if conversion.is_modular:
         _add_modules(need, recipe, sizes, device)
         experts = count_experts(recipe)
         if layerwise:
@@ -229,7 +230,7 @@ def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
             host_bytes += kept_layers * rows * (sizes.width + experts) * 4
             here_bytes += sizes.width * sizes.neurons * 4
     proof = 8 if sizes.parameters <= _FLOAT64_PARAMETERS else 4
-    if recipe.method != "experts":  # whose proof has a few tokens
+    if conversion.has_by_layer:  # else the proof has a few tokens
         # two models over two sequences; float64 takes twice as long
         need.work(device, 2 * 2 * text.sequence_length * 2 * (sizes.body + sizes.head) * proof // 4)
     if by_layer or not leaves_half(sizes.parameters * proof, device.memory_bytes if device.is_cpu else 10**18):

@@ -18,7 +18,7 @@ import pytest
 import modmoe
 from modmoe.adapters.table import METHODS
 from modmoe.api import KEYWORDS
-from modmoe.conversion.driver import METHODS as CONVERSIONS
+from modmoe.conversion.table import CONVERSIONS
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 ASSETS = ("link", "script", "img", "source", "iframe", "object", "embed")

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from modmoe.cli.main import run
-from modmoe.conversion.driver import METHODS
+from modmoe.conversion.table import CONVERSIONS
 from modmoe.errors import ExportError
 from modmoe.formats.tied_code import CODE_FILES
 from modmoe.recipe.schema import load_recipe
@@ -170,7 +170,7 @@ COMMANDS: dict[str, tuple[str, int]] = {
             f"{'' if method in NO_TEXT else 'TASKS'} {' '.join(METHOD_FLAGS.get(method, SMALL))}",
             0,
         )
-        for method in METHODS
+        for method in CONVERSIONS
     },
     "convert own": ("convert {}/own OUT TASKS --num-modules 8 -c {}/own.yaml", 2),
     "finetune router": ("finetune {}/tied OUT TASKS --train router TRAINING", 0),

@@ -184,9 +184,20 @@ def check_experts(recipe: Recipe) -> None:
         raise RecipeError(f"router.top_k: {recipe.router.top_k} is more than the {experts} experts there are.")
 
 
+def check_tasks(recipe: Recipe) -> None:
+    """Check the experts of a recipe that names tasks: without any it is not known how many there are."""
+    if recipe.tasks:
+        check_experts(recipe)
+
+
+def check_settled(recipe: Recipe) -> None:
+    """Check the experts of a published way, with what follows from it."""
+    check_experts(settle(recipe))
+
+
 def settle(recipe: Recipe) -> Recipe:
     """Return the recipe with what follows from it: where the router chooses modules, how many it chooses."""
-    if recipe.method in SPLITS:
+    if SPLITS.get(recipe.method) is not None:
         recipe = settle_split(recipe)
     wanted = recipe.assignment
     if wanted.method != "modules":
@@ -264,7 +275,7 @@ def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: 
         assign,
         recipe,
         counter(progress, "fitting layers, tokens", total),
-        SPLITS[recipe.method].split if recipe.method in SPLITS else None,
+        split.split if (split := SPLITS.get(recipe.method)) is not None else None,
     )
 
 

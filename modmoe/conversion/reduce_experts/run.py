@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from modmoe.conversion.reduce_experts.reduction import (
 )
 from modmoe.conversion.reduce_experts.statistics import ExpertStats, measure_experts
 from modmoe.errors import CheckpointError, RecipeError
+from modmoe.formats.card.experts import write_experts_card
+from modmoe.formats.proof.verify import verify
 from modmoe.models.counts import count_sizes, tensor_bytes, tensor_parameters
 from modmoe.models.families import layers_of
 from modmoe.models.inspection import inspect
@@ -49,24 +51,10 @@ WriteCard = Callable[[Path, dict[str, Any], Path, str | None], None]
 """Takes the directory, the result, where the source lies and how it was named."""
 
 
-_PLACES = {"num_experts": "experts.num_experts", "assignment": "experts.assignment", "score": "experts.score"}
-_MEANT = frozenset(
-    {*_PLACES, "tasks", "method", "seed", "device", "trust_remote_code", "tokens", "sequence_length", "batch_size"}
-)
-
-
-def expert_places(keywords: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
-    """Return a step's keywords at the places of a recipe that they mean here; None is not given.
-
-    Raises RecipeError for one of ``known`` that says nothing about the experts of a model that has them already.
-    """
-    given = {name: value for name, value in keywords.items() if value is not None}
-    for name in given:
-        if name not in _MEANT and "." not in name and name in {*known, "fit_bytes", "report"}:
-            raise RecipeError(f"--{name.replace('_', '-')}: does not go with --method experts; leave it out.")
-    if given.get("assignment") == "merge" and "score" in given:
-        raise RecipeError("--score: merging weighs experts by their frequency; leave it out or prune.")
-    return {_PLACES.get(name, name): value for name, value in given.items()}
+def check_count(recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe does not say how many experts are left."""
+    if recipe.experts.num_experts is None:
+        raise RecipeError("experts.num_experts: is not given; say how many experts each layer keeps.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,8 +77,8 @@ def reduce_experts(
     recipe: Recipe,
     output: str,
     *,
-    prove: Prove,
-    write_card: WriteCard,
+    prove: Prove = verify,
+    write_card: WriteCard = write_experts_card,
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,

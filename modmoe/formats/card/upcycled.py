@@ -1,4 +1,4 @@
-"""Upcycling with what exports are made of: the formats they are written in, their proof, and a model card."""
+"""The model card of what upcycling writes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modmoe.conversion.upcycle import check_flags, upcycle
 from modmoe.formats.card.converted import escape, load_lines, save, table
 from modmoe.formats.card.head import head
-from modmoe.formats.native.plan import native_export
 from modmoe.formats.parcel import hub_id
-from modmoe.formats.proof.verify import verify
-from modmoe.recipe.schema import Recipe
-
-
-def upcycle_checked(recipe: Recipe, output: str, given: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """Run ``modmoe.conversion.upcycle.upcycle`` with its ``options``; RecipeError for a keyword ``given`` in vain."""
-    check_flags(given)
-    made_by: dict[str, Any] = {"native_export": native_export, "prove": verify, "write_card": write_upcycled_card}
-    return upcycle(recipe, output, **made_by, **options)
 
 
 def write_upcycled_card(directory: Path, result: Mapping[str, Any], source: Path, named: str | None) -> None:
