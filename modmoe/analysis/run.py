@@ -35,7 +35,7 @@ from modmoe.models.loading import (
     read_settings,
     skeleton,
 )
-from modmoe.recipe.schema import Recipe, dump_recipe
+from modmoe.recipe.schema import Recipe, dump_recipe, needs_gradients
 from modmoe.runtime import ranks
 from modmoe.runtime.memory import calibrates
 from modmoe.runtime.preflight import noting_output, place_report
@@ -208,11 +208,6 @@ def analyze_source(recipe: Recipe, source: Source, progress: Progress, scratch: 
         for profile, weights, partition in zip(profiles, ffns, partitions, strict=True)
     ]
     return Analysis(source, runner, tokenizer, batches, ffns, profiles, partitions, scores_PM, readings)
-
-
-def needs_gradients(recipe: Recipe) -> bool:
-    """Return whether the profile has to have a backward pass, and so the model to be in memory as a whole."""
-    return recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
 
 
 def count_clusters(recipe: Recipe) -> int:

@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modmoe.analysis.run import needs_gradients
 from modmoe.conversion.attach_adapters import adapter_config, describe
 from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import DEVICES, Device, find_device
 from modmoe.cost.formulas import Need, Sizes, estimate_convert, estimate_finetune, sizes_of
 from modmoe.errors import RecipeError
 from modmoe.models.loading import is_adapter, skeleton
-from modmoe.recipe.schema import FinetuneRecipe, Recipe
+from modmoe.recipe.schema import FinetuneRecipe, Recipe, needs_gradients
 from modmoe.storage.checkpoint import adapter_headers, resolve_base, resolve_source
 from modmoe.training.trainable import choose_what_learns
 

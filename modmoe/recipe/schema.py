@@ -276,6 +276,11 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """Where a method's defaults are others than the recipe's."""
 
 
+def needs_gradients(recipe: Recipe) -> bool:
+    """Return whether its profile has to have a backward pass, and so the model to be in memory as a whole."""
+    return recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *, allow_code: bool = False) -> Recipe:
     """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked; nothing is imported.
 

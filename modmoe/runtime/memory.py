@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 from modmoe.errors import ModmoeError, RecipeError, is_out_of_memory
-from modmoe.recipe.schema import Recipe
+from modmoe.recipe.schema import Recipe, needs_gradients
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,8 +62,7 @@ def advice(recipe: Recipe, part: str, num_sharing: int = 1) -> str:
     """Return what to do: halve the batch or the sequences, or hold less of the model."""
     values = recipe.finetune if part == "finetune" else recipe.calibration
     found = []
-    needs_whole = recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
-    if part == "calibration" and not recipe.calibration.by_layer and not needs_whole:
+    if part == "calibration" and not recipe.calibration.by_layer and not needs_gradients(recipe):
         found.append("set calibration.by_layer to true")
     batch = values.batch_size // 2 // num_sharing * num_sharing
     if batch:

@@ -41,7 +41,7 @@ def _their(module: str, *stubs: str) -> Any:
     return stub
 
 
-def _load() -> tuple[Any, Any]:
+def _load() -> tuple[Any, Any, Any]:
     if not (HOME / "test_modeling_common.py").is_file():
         why = "MODMOE_TRANSFORMERS_TESTS names no folder with test_modeling_common.py; make test-clients brings one"
         pytest.skip(why, allow_module_level=True)
@@ -52,10 +52,11 @@ def _load() -> tuple[Any, Any]:
         sys.modules[PACKAGE + folder] = package
     _their("exporters.test_export", "ExportTesterMixin")
     generation = _their("generation.test_utils", "GenerationTesterMixin")
-    return _their("test_modeling_common"), generation
+    training = _their("test_training_mixin", "TrainingTesterMixin")
+    return _their("test_modeling_common"), generation, training
 
 
-common, generation = _load()
+common, generation, training = _load()
 
 DENSE = {
     "vocab_size": 99,
@@ -150,7 +151,9 @@ def _class_of(case: str) -> type:
         self.model_tester = Inputs(self, lambda: make(**changes), classes)
 
     content = {"setUp": set_up, "all_model_classes": classes, "test_all_params_have_gradient": False}
-    parts = dict.fromkeys((common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase))
+    content["model_tester"] = None
+    mixins = (common.ModelTesterMixin, generation.GenerationTesterMixin, training.TrainingTesterMixin)
+    parts = dict.fromkeys((*mixins, unittest.TestCase))
     made = type(f"Test_{case}", tuple(parts), content)
     for (where, name), reason in EXPECTED.items():
         if case == where:
