@@ -6,9 +6,10 @@ With n the parameters of a neuron, m the neurons of a module and S_e the modules
     materialised  n m sum_e |S_e|                  a copy in every expert, as a conventional mixture of them has
     active        n m |union of the chosen S_e|    what one token needs; a module of two chosen experts counts once
 
-beside everything that is no FFN neuron, and the router. Where a token has the union of several experts, what all of
-them have is computed once, which no sum of copies does: a conventional mixture has it as a shared expert, and so it is
-materialised once, C + sum_e |S_e - C|. Where every module is an expert, that is what is stored.
+Embeddings, attention and the router are added to each of these. Where a token has the union of several experts, the
+modules that all experts have, C, are computed once. A conventional mixture would hold them in one shared expert, and so
+they are counted once in what is materialised too: |C| + sum_e |S_e - C|. Where every module is an expert, that is what
+is stored.
 """
 
 from __future__ import annotations
