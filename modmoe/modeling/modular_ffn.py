@@ -5,8 +5,8 @@
     union   c_j = 1 where any chosen expert has module j
     sum     c = weights A, with the weights of the chosen experts normalised and A the membership
 
-The three matrices are the dense FFN's own, with the neurons reordered. With all modules on, the layer therefore computes
-what the dense FFN does.
+The three matrices are the dense FFN's own, with the neurons reordered. With all modules on, the layer therefore
+computes what the dense FFN does.
 """
 
 # Shapes: B batch, T tokens (of one sequence, or of all of them in a row), D model width, S stored modules,
