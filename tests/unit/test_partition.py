@@ -230,7 +230,7 @@ def test_round_trip_through_the_disk(tmp_path: Path) -> None:
 
 def test_importing_the_tables_imports_nothing_heavy() -> None:
     code = (
-        "import sys, modmoe.analyze, modmoe.conversion.modular.assignment; "
+        "import sys, modmoe.analysis, modmoe.conversion.modular.assignment; "
         "print([m for m in ('sklearn', 'scipy', 'datasets', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
