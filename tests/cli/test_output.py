@@ -249,7 +249,7 @@ def test_env_never_shows_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_warnings_of_modmoe_are_shown_and_those_of_libraries_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     with Console():
-        warnings.warn_explicit("ours,\n of two lines", UserWarning, "x.py", 1, module="modmoe.convert")
+        warnings.warn_explicit("ours,\n of two lines", UserWarning, "x.py", 1, module="modmoe.conversion")
         warnings.warn_explicit("theirs", UserWarning, "y.py", 1, module="transformers.trainer")
     assert capsys.readouterr() == ("", "modmoe: warning: ours, of two lines\n")
 
