@@ -355,8 +355,14 @@ def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         home = modeling_modmoe_adapters
         for method in METHODS.values():
             home.know(method.adapter, method.settings)
-    model_type = getattr(home, str(names[0]))
-    return model_type, model_type.config_class
+    model_type = getattr(home, str(names[0]), None)
+    kind = getattr(model_type, "config_class", None)
+    if kind is None or kind.model_type != config.get("model_type") or not hasattr(model_type, "generate"):
+        raise CheckpointError(
+            f"{directory}/config.json: architectures names {str(names[0])!r:.80}, which is no causal LM of the "
+            f"model_type '{config.get('model_type')}'; restore it."
+        )
+    return model_type, kind
 
 
 def causal_lm_classes(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:

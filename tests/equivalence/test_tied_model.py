@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modmoe.errors import CheckpointError
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.modeling.routing_modmoe import Pass, Within
 from modmoe.models.families import FAMILIES
 from modmoe.models.loading import load
 from tests.reference import tied_ffn
 from tests.support.packed_models import write_packed
-from tests.support.planned import EXPERTS, NUM_MODULES, load_pair
+from tests.support.planned import EXPERTS, NUM_MODULES, load_pair, write_tied
 from tests.support.tiny import token_ids, tokenizer
 
 ROUTINGS = ("token", "sequence", "task")
@@ -352,3 +354,14 @@ def test_trainers_of_other_libraries_train_it(tmp_path, routing):
     for name, weight in model.named_parameters():
         if name.endswith(("router.weight", "up_proj.weight")):
             assert not torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "name", ["ModMoELlamaForC{ausalLM", "ModMoELlamaModel", "ModMoEQwen3ForCausalLM", "ModMoE", "ModMoENoneForCausalLM"]
+)
+def test_a_class_that_is_none_of_its_type_is_refused(tmp_path, name):
+    tied = write_tied(tmp_path)[1]
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    with pytest.raises(CheckpointError, match=r"architectures names '.*', which is no causal LM of .* 'modmoe_llama'"):
+        load(tied)
