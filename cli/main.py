@@ -34,13 +34,13 @@ from modmoe.cli.streams import ReaderGoneError, StdoutError, end_streams, open_m
 from modmoe.errors import (
     ModmoeError,
     RankError,
-    RecipeError,
     disk_error,
     hide_secrets,
     input_error,
     is_failure,
     visible,
 )
+from modmoe.storage.files import check_working_directory
 from modmoe.version import __version__
 
 app = typer.Typer(
@@ -95,11 +95,7 @@ def root(
     ] = False,
 ) -> None:
     """Dense language models become parameter-sharing mixtures of experts."""
-    try:
-        os.getcwd()
-    except OSError:
-        # torch ends the process where it is loaded
-        raise RecipeError("the working directory is gone; change to one that is there.") from None
+    check_working_directory()  # without one, loading torch would end the process
     if context.invoked_subcommand is None:
         print(context.get_help())
     elif context.invoked_subcommand not in _SHARED and not is_first_process():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modmoe.conversion.table import find_conversion
+from modmoe.conversion.table import ADAPTER_COUNTS, find_conversion
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.recipe.keywords import KEYWORDS
 from modmoe.runtime.preflight import check_places, check_there, input_words, need_source_and_tasks, recipe_inputs
@@ -180,8 +180,8 @@ def _convert(
     if conversion.places:
         placed = {conversion.places.get(name, name): value for name, value in keywords.items()}
         resolved = resolve_recipe("convert", source, recipe, placed, allow_code=allow_code)
-    counts = {name: keywords[name] for name in conversion.counts_of_adapter if keywords.get(name) is not None}
-    if counts:
+    counts = {name: keywords[name] for name in ADAPTER_COUNTS if keywords.get(name) is not None}
+    if conversion.takes_adapter and counts:
         resolved = resolve_recipe(
             "convert", resolved, None, {"adapter_settings": {**resolved.adapter.settings, **counts}}
         )

@@ -310,6 +310,7 @@ def analyze(
     """Profile a dense model and cut its FFNs into modules; write the statistics to ``output``, whole or not at all.
 
     Processes that torchrun or accelerate launch started share the text and the layers; the first alone writes.
+    ``write_report`` writes ``report``, which is not written without it.
 
     Returns what ``modmoe analyze --json`` prints: the sizes, the tokens of each task, and where things were written.
     """

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _ALWAYS = frozenset({"tasks", "method", "seed", "device", "trust_remote_code"})
 _TEXT = frozenset({"tokens", "sequence_length", "batch_size"})
 _OF_ADAPTERS = ("adapter", "budget")
+ADAPTER_COUNTS = ("num_experts", "top_k")
+"""Keywords that are of the model elsewhere, and of the adapter where one is attached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,8 @@ class Conversion:
     """Keywords of the step that say something here; None for all but those of adapters."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Keywords that set another place of the recipe here than elsewhere."""
-    counts_of_adapter: tuple[str, ...] = ()
-    """Keywords that are settings of the adapter here."""
+    takes_adapter: bool = False
+    """Whether the keywords of adapters say something here; then ADAPTER_COUNTS are settings of the adapter."""
     clashes: tuple[tuple[str, Any, str, str], ...] = ()
     """A keyword and its value, the keyword that says nothing beside it, and why."""
     reads_text: bool = True
@@ -42,13 +44,15 @@ class Conversion:
     is_modular: bool = False
     """Whether it cuts FFNs into modules and fits routers, so that the recipe's parts on both say something."""
     unsized: str = ""
-    """Why ``fit_bytes`` says nothing here; empty where it does, or where ``options`` refuse it."""
+    """Why ``fit_bytes`` says nothing here, as a sentence; empty where it does, or where ``options`` refuse it."""
     scores: Literal["modules", "neurons"] = "modules"
     """What ``assignment.score`` ranks."""
     has_by_layer: bool = True
     """Whether the model can be run a decoder layer at a time."""
     passes: int | None = None
     """How often the text is run through the model, where that does not follow from the recipe."""
+    has_short_proof: bool = False
+    """Whether what was written is proved on a few tokens, which takes no time to speak of."""
     copies: Callable[[Recipe], int] = lambda recipe: 0
     """How many copies of the FFNs are written, where no text is read."""
     body: Literal["stored", "active", "same"] = "stored"
@@ -60,29 +64,29 @@ class Conversion:
             if value is None or value == {} or "." in keyword:
                 continue
             flag = "task" if keyword == "tasks" else keyword.replace("_", "-")
-            if keyword in _OF_ADAPTERS and not self.counts_of_adapter:
+            if keyword in _OF_ADAPTERS and not self.takes_adapter:
                 raise RecipeError(f"--{flag}: belongs to --method adapters; leave it out or name that method.")
-            if self.options is not None and keyword not in self.options:
+            if (self.options is not None and keyword not in self.options) or (
+                keyword == "report" and not self.is_modular
+            ):
                 raise RecipeError(f"--{flag}: does not go with --method {name}; leave it out.")
         for keyword, value, other, why in self.clashes:
             if given.get(keyword) == value and given.get(other) is not None:
                 raise RecipeError(f"--{other}: {why}")
         if given.get("fit_bytes") is None:
             return
-        if self.unsized and self.counts_of_adapter:
+        if self.unsized:
             raise RecipeError(f"--fit-bytes: {self.unsized}")
         if given.get("modules_per_expert") is not None or given.get("active_fraction") is not None:
             raise RecipeError("assignment: give modules_per_expert, active_fraction or fit_bytes, one of them.")
-        if self.unsized:
-            raise RecipeError(f"--fit-bytes: {name} {self.unsized}")
 
 
-def _split() -> Conversion:
+def _split(name: str) -> Conversion:
     return Conversion(
         run="modmoe.conversion.modular.run.convert_modular",
         check="modmoe.conversion.modular.run.check_settled",
         is_modular=True,
-        unsized="keeps every module; leave it out.",
+        unsized=f"{name} keeps every module; leave it out.",
     )
 
 
@@ -92,10 +96,7 @@ CONVERSIONS: dict[str, Conversion] = {
         check="modmoe.conversion.modular.run.check_tasks",
         is_modular=True,
     ),
-    "cmoe": _split(),
-    "moefication": _split(),
-    "emoe": _split(),
-    "llama_moe": _split(),
+    **{name: _split(name) for name in ("cmoe", "moefication", "emoe", "llama_moe")},
     "prune": Conversion(
         run="modmoe.conversion.prune.prune",
         options=_ALWAYS | _TEXT | {"family", "by_layer", "score", "active_fraction", "refit", "compensation"},
@@ -119,12 +120,13 @@ CONVERSIONS: dict[str, Conversion] = {
         ),
         has_by_layer=False,
         passes=2,
+        has_short_proof=True,
         body="same",
     ),
     "adapters": Conversion(
         run="modmoe.conversion.attach_adapters.attach_adapters",
         check="modmoe.conversion.attach_adapters.check_method",
-        counts_of_adapter=("num_experts", "top_k"),
+        takes_adapter=True,
         reads_text=False,
         unsized="adapters are sized by --budget, a number of parameters.",
     ),

@@ -230,7 +230,7 @@ def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
             host_bytes += kept_layers * rows * (sizes.width + experts) * 4
             here_bytes += sizes.width * sizes.neurons * 4
     proof = 8 if sizes.parameters <= _FLOAT64_PARAMETERS else 4
-    if conversion.has_by_layer:  # else the proof has a few tokens
+    if not conversion.has_short_proof:
         # two models over two sequences; float64 takes twice as long
         need.work(device, 2 * 2 * text.sequence_length * 2 * (sizes.body + sizes.head) * proof // 4)
     if by_layer or not leaves_half(sizes.parameters * proof, device.memory_bytes if device.is_cpu else 10**18):

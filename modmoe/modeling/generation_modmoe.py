@@ -19,8 +19,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 LOG = logging.get_logger(__name__)
-BY_SEQUENCE = "modmoe_by_sequence"
-"""Attribute of a causal LM with adapters that are weighted by sequence."""
 
 
 class _Generation(threading.local):
@@ -71,14 +69,14 @@ def methods_over(base: Any) -> dict[str, Callable[..., Any]]:
 
 def is_by_sequence(model: Any) -> bool:
     """Return whether a causal LM has routers that read a prompt before they choose."""
-    return getattr(model.config, "routing", None) == "sequence" or getattr(model, BY_SEQUENCE, False)
+    # what its adapters share, if it has any
+    adapters = getattr(model, "routed_context", None)
+    return getattr(model.config, "routing", None) == "sequence" or getattr(adapters, "reads_sequences", False)
 
 
 def read_prompts(model: Any) -> None:
     """Have a causal LM of any class say what the prompt is, for adapters that are weighted by it."""
-    is_known = hasattr(model, BY_SEQUENCE)
-    setattr(model, BY_SEQUENCE, True)
-    if is_known or hasattr(model, "routing_state") or not hasattr(model, "generate"):
+    if "generate" in model.__dict__ or hasattr(model, "routing_state") or not hasattr(model, "generate"):
         return
     for name, method in methods_over(type(model)).items():
         setattr(model, name, types.MethodType(method, model))
@@ -86,7 +84,7 @@ def read_prompts(model: Any) -> None:
 
 def read_no_prompts(model: Any) -> None:
     """Undo ``read_prompts``."""
-    for name in (BY_SEQUENCE, "generate", "_prefill", "prepare_inputs_for_generation"):
+    for name in ("generate", "_prefill", "prepare_inputs_for_generation"):
         model.__dict__.pop(name, None)
 
 

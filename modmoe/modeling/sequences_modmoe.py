@@ -139,7 +139,10 @@ def check_prompt(prompt: Any, shape: tuple[int, int]) -> int | Tensor:
     if isinstance(prompt, Tensor):
         prompt = prompt.item()
     if not (prompt is None or (isinstance(prompt, int) and not isinstance(prompt, bool))):
-        raise ValueError(f"routing_prompt: {prompt!r} is no number of tokens, nor a tensor of which tokens are.")
+        raise ValueError(
+            f"routing_prompt: is {prompt!r:.40}; it must be a whole number of leading tokens, or a tensor with a truth "
+            "value for each token."
+        )
     length = prompt or 0
     if length < 0:
         raise ValueError(f"routing_prompt: {length} tokens cannot be a prompt; 0 is none.")

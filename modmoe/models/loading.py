@@ -41,9 +41,10 @@ from modmoe.storage.checkpoint import (
     resolve_base,
     resolve_source,
 )
-from modmoe.storage.kinds.check import check_kind, check_rows, check_vocabulary
+from modmoe.storage.kinds.check import check_rows, check_vocabulary
 from modmoe.storage.kinds.forms import find_form, has_weights
 from modmoe.storage.kinds.headers import read_headers
+from modmoe.storage.kinds.orders import find_orders
 from modmoe.storage.kinds.tokens import EMBEDDINGS, count_rows
 
 TIED_PREFIX = "modmoe_"
@@ -189,7 +190,8 @@ def read_settings(directory: Path, kind: Any = AutoConfig) -> Any:
 
     Raises CheckpointError where transformers cannot read it, or would make or run what no model needs.
     """
-    check_kind(directory, read_config(directory), read_headers(directory))
+    for problem in find_orders(directory, read_config(directory), read_headers(directory)):
+        raise CheckpointError(str(problem))
     with _transformers(directory, "read it"):
         settings = kind.from_pretrained(directory)
     settings.return_dict, settings.output_hidden_states = True, False

@@ -49,7 +49,7 @@ class AssignmentRecipe:
     """Which modules make up which expert."""
 
     method: str = "top_score"
-    """top_score or optimal, or greedy, tokens or modules (see modmoe.conversion.modular.from_outputs)."""
+    """A name in ASSIGNMENTS of modmoe.conversion.modular.assignment, or in OUTPUT_ASSIGNMENTS of its from_outputs."""
     score: str = "wanda"
     """Importance of a module for a task: magnitude, activation, wanda, wifv, taylor or output_norm."""
     num_experts: int | None = None

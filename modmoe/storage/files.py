@@ -40,6 +40,14 @@ def target_of(out: str | Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
+def check_working_directory(start: str = "") -> None:
+    """Raise RecipeError, which begins with ``start``, where the working directory was deleted."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise RecipeError(f"{start}the working directory is gone; change to one that is there.") from None
+
+
 def check_name(out: str | Path, longest: str = ".replaced") -> None:
     """Raise RecipeError unless a file or directory can be written as ``out``, and with ``longest`` behind its name."""
     text = str(out)
@@ -51,10 +59,7 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
         raise RecipeError(f"{ascii(text)[1:-1]}: has a character that no file's name can have; choose another name.")
     if not text.strip():
         raise RecipeError(f"{text!r}: is not a name; choose one.")
-    try:
-        os.getcwd()
-    except OSError:
-        raise RecipeError(f"{text}: the working directory is gone; change to one that is there.") from None
+    check_working_directory(f"{text}: ")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(text)
@@ -152,7 +157,7 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
         return path
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
-        what = "a link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else kind_of(path)
+        what = "a link" if stat.S_ISLNK(mode) else "a directory"
         raise RecipeError(f"{start}{file}: is {what}; name a file that does not exist yet.")
     if not is_ours(path):
         raise RecipeError(

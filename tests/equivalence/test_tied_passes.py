@@ -266,7 +266,7 @@ def test_router_logits_are_in_the_output(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["x", 1.5, True, [1], float("nan"), torch.tensor(2.5)])
 def test_a_prompt_that_is_none_is_refused(routed, prompt):
-    with pytest.raises(ValueError, match=r"routing_prompt: .* is no number of tokens"):
+    with pytest.raises(ValueError, match=r"routing_prompt: is .*; it must be a whole number of leading tokens"):
         routed(token_ids(1, 5), routing_prompt=prompt)
 
 

@@ -202,6 +202,13 @@ REFUSED = [
 ]
 
 
+def test_a_report_that_would_not_be_written_is_refused(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path / "dense")
+    for method in ("adapters", "prune", "experts", "upcycle"):
+        with pytest.raises(ModmoeError, match=f"^--report: does not go with --method {method}; leave it out"):
+            modmoe.convert(dense, tmp_path / "out", method=method, report="r.html")
+
+
 @pytest.mark.parametrize(("values", "said"), REFUSED)
 def test_what_cannot_be_is_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     dense = save_dense(tmp_path / "dense")

@@ -148,7 +148,10 @@ def test_a_loss_that_is_no_number_names_the_model(dense, tmp_path):
         evaluate(dense, {"t": str(tmp_path / "t.txt")})
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias", "lm_head.weight"],
+)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
 def test_weights_that_are_no_floating_point_numbers(dense, name, dtype):
     weights = load_file(dense / "model.safetensors")

@@ -22,11 +22,11 @@ from modmoe.storage.staging import open_output
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, text, an older output and the user's own things; the working directory is beside them."""
-    write_output(tmp_path / "work" / "old")
-    (tmp_path / "work" / "model").mkdir()
-    (tmp_path / "work" / "model" / "config.json").write_text("{}")
-    (tmp_path / "work" / "text.jsonl").write_text("{}")
-    (tmp_path / "work" / "r.yaml").write_text("seed: 1")
+    write_output(tmp_path / "desk" / "old")
+    (tmp_path / "desk" / "model").mkdir()
+    (tmp_path / "desk" / "model" / "config.json").write_text("{}")
+    (tmp_path / "desk" / "text.jsonl").write_text("{}")
+    (tmp_path / "desk" / "r.yaml").write_text("seed: 1")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -44,7 +44,7 @@ def write_output(path: Path) -> None:
 
 def inputs(room: Path) -> dict[str, Any]:
     return input_words(
-        room / "work" / "model", {"a": str(room / "work" / "text.jsonl")}, recipe=room / "work" / "r.yaml"
+        room / "desk" / "model", {"a": str(room / "desk" / "text.jsonl")}, recipe=room / "desk" / "r.yaml"
     )
 
 
@@ -63,15 +63,15 @@ def link(room: Path, to: str) -> Path:
 @pytest.mark.parametrize(
     "place",
     [
-        lambda room: room / "work" / "model",
-        lambda room: room / "work",
+        lambda room: room / "desk" / "model",
+        lambda room: room / "desk",
         lambda room: room,
-        lambda room: link(room, "work"),
-        lambda room: link(room, "work/model"),
-        lambda room: room / "here" / ".." / "work" / "." / "model",
-        lambda room: "../work/model/",
-        lambda room: link(room, "work/model") / ".." / ".." / "work",
-        lambda room: link(room, "home") / ".." / "work" / "model",
+        lambda room: link(room, "desk"),
+        lambda room: link(room, "desk/model"),
+        lambda room: room / "here" / ".." / "desk" / "." / "model",
+        lambda room: "../desk/model/",
+        lambda room: link(room, "desk/model") / ".." / ".." / "desk",
+        lambda room: link(room, "home") / ".." / "desk" / "model",
         lambda room: ".",
         lambda room: "..",
         lambda room: room / "home",
@@ -89,7 +89,7 @@ def test_an_output_is_not_and_does_not_hold_what_is_read_or_where_one_works(
 
 @pytest.mark.parametrize("role", ["source", "teacher", "tasks", "recipe", "base"])
 def test_an_older_output_that_is_read_is_not_replaced(room: Path, role: str) -> None:
-    old = room / "work" / "old"
+    old = room / "desk" / "old"
     read: dict[str, Any] = {
         "source": input_words(old, {}),
         "teacher": input_words(None, {}, teacher=old),
@@ -107,20 +107,20 @@ def test_an_older_output_that_is_read_is_not_replaced(room: Path, role: str) -> 
 
 
 def test_a_path_behind_a_link_is_what_the_system_makes_of_it(room: Path) -> None:
-    out = link(room, "work/old") / ".." / "new"
+    out = link(room, "desk/old") / ".." / "new"
     with open_output(out) as partial:
         (partial / "config.json").write_text("{}")
-    assert (room / "work" / "new" / "config.json").is_file() and out.is_dir() and not (room / "new").exists()
+    assert (room / "desk" / "new" / "config.json").is_file() and out.is_dir() and not (room / "new").exists()
 
 
 def test_an_output_inside_the_source_is_fine(room: Path) -> None:
-    check_places(room / "work" / "model" / "out", overwrite=False, inputs=inputs(room))
+    check_places(room / "desk" / "model" / "out", overwrite=False, inputs=inputs(room))
 
 
 def test_weights_behind_a_link_in_the_source_are_not_replaced(room: Path) -> None:
-    (room / "work" / "model" / "model.safetensors").symlink_to(room / "work" / "old" / "README.md")
+    (room / "desk" / "model" / "model.safetensors").symlink_to(room / "desk" / "old" / "README.md")
     with pytest.raises(RecipeError, match="old: holds the source"):
-        check_places(room / "work" / "old", overwrite=True, inputs=inputs(room))
+        check_places(room / "desk" / "old", overwrite=True, inputs=inputs(room))
 
 
 def add(name: str) -> Callable[[Path], object]:
@@ -144,7 +144,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_modmoe_did_not_write_or_somebody_changed_is_not_replaced(room: Path, change: str) -> None:
-    old = room / "work" / "old"
+    old = room / "desk" / "old"
     CHANGES[change](old)
     before = tree(room)
     for act in (
@@ -157,12 +157,12 @@ def test_what_modmoe_did_not_write_or_somebody_changed_is_not_replaced(room: Pat
 
 
 def test_what_comes_while_a_run_works_is_not_replaced(room: Path) -> None:
-    old = room / "work" / "old"
+    old = room / "desk" / "old"
     with pytest.raises(RecipeError, match="was changed by somebody"), open_output(old, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
         add("notes.txt")(old)
     assert (old / "notes.txt").read_text() == "mine" and (old / "README.md").read_text() == "card"
-    assert not (room / "work" / "old.partial").exists()
+    assert not (room / "desk" / "old.partial").exists()
 
 
 def test_what_comes_into_an_empty_directory_while_a_run_works_stays(room: Path) -> None:
@@ -180,7 +180,7 @@ def test_names_beside_an_output_that_are_not_of_modmoe_stay(room: Path, ending: 
     if what == "file":
         beside.write_text("mine")
     elif what == "link":
-        beside.symlink_to(room / "work")
+        beside.symlink_to(room / "desk")
     else:
         beside.mkdir()
         (beside / "notes.txt").write_text("mine")
@@ -200,7 +200,7 @@ def test_names_beside_an_output_that_are_not_of_modmoe_stay(room: Path, ending: 
 
 
 def test_an_output_that_the_user_renamed_is_no_leftover(room: Path) -> None:
-    old = room / "work" / "old"
+    old = room / "desk" / "old"
     for ending in (".partial", ".replaced"):
         kept = old.rename(f"{old}{ending}")
         before = tree(kept)
@@ -244,9 +244,9 @@ def test_what_is_read_does_not_lie_where_a_run_keeps_what_is_unfinished(room: Pa
 
 
 NOWHERE: dict[str, Callable[[Path], Any]] = {
-    "under a file": lambda room: room / "work" / "text.jsonl" / "out",
-    "deep under a file": lambda room: room / "work" / "text.jsonl" / "a" / "b",
-    "a file": lambda room: room / "work" / "text.jsonl",
+    "under a file": lambda room: room / "desk" / "text.jsonl" / "out",
+    "deep under a file": lambda room: room / "desk" / "text.jsonl" / "a" / "b",
+    "a file": lambda room: room / "desk" / "text.jsonl",
     "a loop": lambda room: loop(room),
     "under a loop": lambda room: loop(room) / "out",
     "under a link to nothing": lambda room: link(room, "nothing") / "out",
@@ -305,16 +305,16 @@ def listening(room: Path) -> Path:
 
 
 REPORTS: dict[str, Callable[[Path], Any]] = {
-    "the weights": lambda room: room / "work" / "model" / "config.json",
-    "the text": lambda room: room / "work" / "text.jsonl",
-    "the recipe": lambda room: room / "work" / "r.yaml",
-    "a folder": lambda room: room / "work",
+    "the weights": lambda room: room / "desk" / "model" / "config.json",
+    "the text": lambda room: room / "desk" / "text.jsonl",
+    "the recipe": lambda room: room / "desk" / "r.yaml",
+    "a folder": lambda room: room / "desk",
     "a pipe": special,
     "a socket": listening,
     "a device": lambda room: "/dev/null",
-    "a link": lambda room: link(room, "work/text.jsonl"),
+    "a link": lambda room: link(room, "desk/text.jsonl"),
     "a link to nothing": lambda room: link(room, "nothing"),
-    "under a file": lambda room: room / "work" / "text.jsonl" / "report.html",
+    "under a file": lambda room: room / "desk" / "text.jsonl" / "report.html",
     "the output": lambda room: room / "out",
     "over the output": lambda room: room / "new",
     "unfinished": lambda room: room / "out.partial" / "report.html",

@@ -32,8 +32,6 @@ def cluster_sequences(
     """
     from sklearn.cluster import KMeans
 
-    # here, since what runs the text is told apart from what it is
-
     first = starts_of(len(batch.input_ids_BT) for batch in batches)
     features_ND = torch.zeros(0, 1)
     layers = (runner.num_layers + 1) // 2

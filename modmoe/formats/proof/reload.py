@@ -58,7 +58,7 @@ def load_with_peft(job: dict[str, Any], dtype: torch.dtype) -> Any:
 
     import modmoe.adapters  # noqa: F401 (makes the methods known to peft)
     from modmoe.models.loading import (
-        load,  # a base model may be a tied one, for which there is no class in transformers
+        load,  # the base model may be a tied one, and transformers has no class for those
     )
 
     base = load(job["base"], dtype=dtype, device="cpu", trust_remote_code=job["options"]["trust_remote_code"])

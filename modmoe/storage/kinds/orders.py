@@ -1,7 +1,7 @@
-"""What a config.json would have programs do or make that no model needs: huge lists, code of the Hub, no number at all.
+"""Values of a config.json that must not be followed: counts that no model has, code of the Hub, and NaN.
 
-transformers does as it is told: it makes a name for each of a billion labels, and fetches the kernel that an
-implementation of attention names by its repository.
+transformers follows them: it makes a name for each of a billion labels, and fetches the kernel that an implementation
+of attention names by its repository.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _THINGS = re.compile(r"num_labels|\w*num_(local_|routed_)?experts|n_routed_exper
 _MOST_LAYERS = 10_000
 """Layers of a configuration without weights."""
 _MOST_THINGS = 100_000
-"""Of which transformers makes one after the other."""
+"""Labels or experts; transformers makes an object for each of them."""
 
 
 def find_orders(directory: Path, config: Mapping[str, Any], headers: Headers) -> Iterator[Problem]:
-    """Yield keys of a configuration whose values nobody can use or should follow."""
+    """Yield the keys of a configuration whose values must not be followed."""
     layers = len(headers) or _MOST_LAYERS
     for place, key, value in _values("", config):
         at = f"{directory / 'config.json'}: {place}{key}"
@@ -35,7 +35,7 @@ def find_orders(directory: Path, config: Mapping[str, Any], headers: Headers) ->
         elif is_whole and abs(value) >= 2**63:
             yield Problem(at, f"is {value!r:.24}..., too large for any number of a model", "restore it")
         elif isinstance(value, float) and value != value:
-            yield Problem(at, "is NaN, no number", "restore it")
+            yield Problem(at, "is NaN; a number belongs there", "restore it")
         elif isinstance(value, str) and "implementation" in f"{place}{key}" and re.search(r"[/:]", value):
             yield Problem(at, f"names code of the Hub, {value!r:.80}, which would be run", "take that key out")
 

@@ -95,7 +95,7 @@ def find_packed(headers: Headers) -> tuple[str, str] | None:
         if header.dtype in _WHOLE:
             if _BLOCKS.search(name):
                 return name, "MXFP4"
-            if _WEIGHTS.search(name):
+            if _WEIGHTS.search(name) or (name.endswith(".bias") and len(header.shape) == 1):
                 return name, ""
     return None
 
