@@ -91,30 +91,37 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except ModmoeError as error:
-            error.args = (_with_flag(str(error), ctx),)
+            place = error.place or _start(str(error), ctx)
+            flag = _flag_of(place, ctx)
+            if flag is not None:
+                error.args = (f"{flag}{str(error).removeprefix(place)}",)
             raise
 
 
-def _with_flag(message: str, context: Any) -> str:
-    """Return ``router.routing (--routing): ...`` for ``router.routing: ...`` where that flag was given."""
+def _start(message: str, context: Any) -> str:
+    """Return the place at the start of a message of one part."""
+    file = f"{context.params.get('recipe')}: "
+    return (file if message.startswith(file) else "") + message.removeprefix(file).partition(": ")[0]
+
+
+def _flag_of(place: str, context: Any) -> str | None:
+    """Return ``router.routing (--routing)`` for ``router.routing`` where that flag was given, else None."""
     keywords = {**KEYWORDS.get(str(context.info_name), {}), "task": "tasks", "eval_task": "tasks"}
     recipe = context.params.get("recipe")
     for option in context.command.params:
         source, value = context.get_parameter_source(option.name), context.params[option.name]
         if source is None or source.name != "COMMANDLINE":
             continue
-        place = keywords.get(option.name)
-        # with --method experts a flag sets the place of its own name there
-        places = [f"experts.{option.name}", *([] if place is None else [place])]
-        if place == "tasks":
-            places += [f"tasks.{task.partition('=')[0].strip()}" for task in value]
-        flag = option.secondary_opts[0] if value is False else option.opts[-1]
-        for place in places:
-            # what a flag says is not what the recipe's file says, whose name would mislead
-            for start in (f"{place}: ", f"{recipe}: {place}: "):
-                if message.startswith(start):
-                    return f"{place} ({flag}): {message.removeprefix(start)}"
-    return message
+        key = keywords.get(option.name)
+        # with --method experts a flag sets the key of its own name there
+        keys = [f"experts.{option.name}", *([] if key is None else [key])]
+        if key == "tasks":
+            keys += [f"tasks.{task.partition('=')[0].strip()}" for task in value]
+        for key in keys:
+            # what a flag says does not stand in the recipe's file, whose name would mislead
+            if place in (key, f"{recipe}: {key}"):
+                return f"{key} ({option.secondary_opts[0] if value is False else option.opts[-1]})"
+    return None
 
 
 def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str, str] | None:

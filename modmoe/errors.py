@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Self
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -36,13 +37,37 @@ class ModmoeError(Exception):
     could break lines, steer a terminal or fill it. Tokens are taken out.
     """
 
-    def __init__(self, message: str = "") -> None:
-        """Take the message, on one line; what cannot be printed is shown by its number."""
-        line = visible(" ".join(hide_secrets(str(message)).split()))
-        if len(line) > MOST_CHARACTERS:
-            half = MOST_CHARACTERS // 2 - 5
-            line = f"{line[:half]} [...] {line[-half:]}"
-        super().__init__(line)
+    place: str
+    """Where the fault lies: a key of a recipe, a flag, a file, or a file and a key; empty where the line names none."""
+
+    def __init__(self, place: str = "", problem: str = "", remedy: str = "") -> None:
+        """Take a place, the problem and its remedy; or the whole line as the one argument.
+
+        The remedy is a clause without a full stop, which a semicolon joins to the problem, or a sentence of its own
+        that ends with a mark. What cannot be printed is shown by its number.
+        """
+        self.place, self.problem, self.remedy = (str(place), problem, remedy) if problem else ("", str(place), "")
+        super().__init__(_one_line(self._text()))
+
+    def _text(self) -> str:
+        if not self.place:
+            return self.problem
+        if not self.remedy:
+            return f"{self.place}: {self.problem}."
+        is_sentence = self.remedy.rstrip().endswith((".", "?"))
+        return (
+            f"{self.place}: {self.problem}. {self.remedy.strip()}"
+            if is_sentence
+            else (f"{self.place}: {self.problem}; {self.remedy}.")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Give the parts to another process, not the line that they make."""
+        return type(self), (self.place, self.problem, self.remedy) if self.place else (self.problem,)
+
+    def at(self, place: str) -> Self:
+        """Return the same error at another place, such as that of the file in front of the key."""
+        return type(self)(place, self.problem, self.remedy)
 
 
 class RecipeError(ModmoeError, ValueError):
@@ -75,6 +100,14 @@ class AdapterError(ModmoeError, ValueError):
 
 class RankError(ModmoeError, RuntimeError):
     """Another process of the same run is gone."""
+
+
+def _one_line(text: str) -> str:
+    line = visible(" ".join(hide_secrets(text).split()))
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    half = MOST_CHARACTERS // 2 - 5
+    return f"{line[:half]} [...] {line[-half:]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -320,7 +320,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
             )
         return make_recipe({**flat, **(overrides or {})})
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise (error.at(f"{path}: {error.place}") if error.place else RecipeError(f"{path}: {error}")) from error
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
