@@ -50,6 +50,7 @@ from modmoe.analysis.profile import ActivationProfile, profile_model
 from modmoe.analysis.text.calibration import Batch, load_task, token_batches
 from modmoe.models.families import FAMILIES, Family
 from modmoe.models.loading import load, load_tokenizer
+from modmoe.models.opened import OpenedModel
 from modmoe.storage.checkpoint import Checkpoint
 
 # (hidden size, neurons, layers)
@@ -152,7 +153,7 @@ def cost(args: argparse.Namespace) -> list[Row]:
 
 def cost_of(directory: Path, label: str, args: argparse.Namespace) -> list[Row]:
     whole = Timed(load(directory, device="cpu"), LLAMA)
-    layers = ByLayer(Checkpoint(directory), LLAMA, scratch=directory)
+    layers = ByLayer(OpenedModel(directory), LLAMA, scratch=directory)
     batches = random_batches(args.tokens)
     profiles: list[ActivationProfile] = []
     shares: list[float] = []
@@ -312,7 +313,7 @@ def run_child(kind: str, directory: Path, tokens: int) -> dict[str, Any]:
 def child(kind: str, directory: Path, tokens: int) -> None:
     """Run in a process of its own and print what it took."""
     torch.manual_seed(0)
-    runner = ByLayer(Checkpoint(directory), LLAMA, scratch=directory)
+    runner = ByLayer(OpenedModel(directory), LLAMA, scratch=directory)
     runner.run(random_batches(SEQUENCE), layers=1)  # what is imported and made once is no part of a pass
     before = peak = anonymous_bytes()
     is_done = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
@@ -10,7 +11,9 @@ from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.cli.estimates import estimate_words
+from modmoe.cli.groups import grouped
 from modmoe.cli.inspect import draw_tree
+from modmoe.conversion.table import CONVERSIONS
 from modmoe.errors import RecipeError
 
 EPILOG = flags.examples(
@@ -25,79 +28,70 @@ EPILOG = flags.examples(
 )
 
 
-def convert(
-    source: flags.Source,
-    output: flags.Output,
-    task: flags.Task = None,
-    recipe: flags.RecipeFile = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """Which conversion is run, and on what text."""
+
+    task: flags.Task = None
+    recipe: flags.RecipeFile = None
     method: Annotated[
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="The conversion: modular (the default); cmoe, moefication, emoe or llama_moe; prune, upcycle, experts "
-            "or adapters.",
+            help=f"The conversion, by default modular: {', '.join(CONVERSIONS)}; or the dotted path of one of yours.",
         ),
-    ] = None,
-    tokens: flags.Tokens = None,
-    num_modules: flags.NumModules = None,
+    ] = None
+    adapter: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="With --method adapters: which routed adapter.")
+    ] = None
+    budget: Annotated[
+        int | None, typer.Option(help="With --method adapters: parameters to stay within; the rank is solved for.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How much text is read, and how."""
+
+    tokens: flags.Tokens = None
+    sequence_length: flags.SequenceLength = None
+    batch_size: flags.BatchSize = None
+    by_layer: flags.ByLayer = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleOptions:
+    """How neurons are cut into modules, and what a module is worth."""
+
+    num_modules: flags.NumModules = None
+    partition: flags.PartitionMethod = None
+    score: flags.Score = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOptions:
+    """How many experts there are, and which modules they have."""
+
     num_experts: Annotated[
         int | None,
         typer.Option(
             help="Experts; by default one a task, with --method upcycle 8. With --method experts: those that are left."
         ),
-    ] = None,
-    modules_per_expert: Annotated[
-        int | None, typer.Option(help="Modules of each expert, shared ones included.")
-    ] = None,
+    ] = None
+    modules_per_expert: Annotated[int | None, typer.Option(help="Modules of each expert, shared ones included.")] = None
     active_fraction: Annotated[
         float | None,
         typer.Option(
             help="The same as a share of all modules, by default 0.5; with --method prune the share of neurons kept."
         ),
-    ] = None,
+    ] = None
     fit_bytes: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="As many modules an expert as keep the weights within a size such as 4GB."),
-    ] = None,
+    ] = None
     shared_modules: Annotated[
         int | None, typer.Option(help="Modules that every expert has, counted among its own; by default 0.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts chosen at once; by default 1.")] = None,
-    routing: Annotated[
-        str | None,
-        typer.Option(
-            metavar="token|sequence|task",
-            help="What a router chooses an expert for: each token (the default) or each sequence; task: no router, the "
-            "caller names the expert.",
-        ),
-    ] = None,
-    combine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="union|sum",
-            help="With --top-k above 1: a module counts once (union, the default), or experts are weighted and added.",
-        ),
-    ] = None,
-    compensation: Annotated[
-        bool | None, typer.Option("--compensation/--no-compensation", help="Add the mean output of skipped modules.")
-    ] = None,
-    coverage: Annotated[
-        bool | None, typer.Option("--coverage/--no-coverage", help="Give every module to some expert.")
-    ] = None,
-    router_start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METHOD",
-            help="What the router starts from: logistic (the default), least_squares, centroid, average_key, zero.",
-        ),
-    ] = None,
-    router_kind: Annotated[
-        str | None, typer.Option(metavar="linear|mlp", help="One matrix (linear, the default) or two layers.")
-    ] = None,
-    routing_chunk: Annotated[
-        int | None, typer.Option(help="Sequence routing: tokens after which the choice is made anew without a prompt.")
-    ] = None,
-    partition: flags.PartitionMethod = None,
+    ] = None
     assignment: Annotated[
         str | None,
         typer.Option(
@@ -105,36 +99,85 @@ def convert(
             help="How modules are given to experts: top_score (the default), greedy, tokens, modules, random. With "
             "--method experts: prune (the default) or merge.",
         ),
-    ] = None,
+    ] = None
+    coverage: Annotated[
+        bool | None, typer.Option("--coverage/--no-coverage", help="Give every module to some expert.")
+    ] = None
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Fit down projections anew to the modules that are on.")
-    ] = None,
-    score: flags.Score = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="With --method adapters: which routed adapter.")
-    ] = None,
-    budget: Annotated[
-        int | None, typer.Option(help="With --method adapters: parameters to stay within; the rank is solved for.")
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    """How experts are chosen, and what their outputs add up to."""
+
+    top_k: Annotated[int | None, typer.Option(help="Experts chosen at once; by default 1.")] = None
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="token|sequence|task",
+            help="What a router chooses an expert for: each token (the default) or each sequence; task: no router, the "
+            "caller names the expert.",
+        ),
+    ] = None
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="union|sum",
+            help="With --top-k above 1: a module counts once (union, the default), or experts are weighted and added.",
+        ),
+    ] = None
+    compensation: Annotated[
+        bool | None, typer.Option("--compensation/--no-compensation", help="Add the mean output of skipped modules.")
+    ] = None
+    router_start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="What the router starts from: logistic (the default), least_squares, centroid, average_key, zero.",
+        ),
+    ] = None
+    router_kind: Annotated[
+        str | None, typer.Option(metavar="linear|mlp", help="One matrix (linear, the default) or two layers.")
+    ] = None
+    routing_chunk: Annotated[
+        int | None, typer.Option(help="Sequence routing: tokens after which the choice is made anew without a prompt.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How the run goes, and what it says."""
+
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report with plots.")
-    ] = None,
-    sequence_length: flags.SequenceLength = None,
-    batch_size: flags.BatchSize = None,
-    by_layer: flags.ByLayer = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and what it will cost; write nothing.")
-    ] = False,
-    estimate_for: flags.EstimateFor = None,
-    overwrite: flags.Overwrite = False,
-    seed: flags.Seed = None,
-    device: flags.Device = None,
-    trust_remote_code: flags.Trust = False,
-    allow_code: flags.AllowCode = False,
-    revision: flags.Revision = None,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    verbose: flags.Verbose = False,
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it will cost; write nothing.")] = (
+        False
+    )
+    estimate_for: flags.EstimateFor = None
+    overwrite: flags.Overwrite = False
+    seed: flags.Seed = None
+    device: flags.Device = None
+    trust_remote_code: flags.Trust = False
+    allow_code: flags.AllowCode = False
+    revision: flags.Revision = None
+    as_json: flags.Json = False
+    quiet: flags.Quiet = False
+    verbose: flags.Verbose = False
+
+
+@grouped
+def convert(
+    source: flags.Source,
+    output: flags.Output,
+    job: JobOptions,
+    text: TextOptions,
+    modules: ModuleOptions,
+    experts: ExpertOptions,
+    router: RouterOptions,
+    run: RunOptions,
 ) -> None:
     """Convert a dense checkpoint into a parameter-sharing mixture of experts.
 
@@ -156,67 +199,55 @@ def convert(
     of a low --score (reap, frequency, activation, msan, contribution, random) are left out, or experts of like outputs
     are merged, and it is written in its own format.
     """
-    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        tasks = flags.parse_tasks(task)
-        chosen = {
-            "--modules-per-expert": modules_per_expert,
-            "--active-fraction": active_fraction,
-            "--fit-bytes": fit_bytes,
-        }
-        given = [flag for flag, value in chosen.items() if value is not None]
-        if len(given) > 1:
-            raise RecipeError(f"{' and '.join(given)}: give one of them; each sets the size of an expert.")
+    with Console(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose) as console:
+        tasks = flags.parse_tasks(job.task)
+        _check_one_size(experts)
         result = api.convert(
             source,
             output,
-            recipe,
-            fit_bytes=None if fit_bytes is None else flags.parse_size("--fit-bytes", fit_bytes),
-            overwrite=overwrite,
-            dry_run=dry_run,
-            estimate_for=estimate_for,
-            revision=revision,
-            report=report,
+            job.recipe,
+            fit_bytes=None if experts.fit_bytes is None else flags.parse_size("--fit-bytes", experts.fit_bytes),
+            overwrite=run.overwrite,
+            dry_run=run.dry_run,
+            estimate_for=run.estimate_for,
+            revision=run.revision,
+            report=run.report,
             progress=console.progress,
+            allow_code=run.allow_code,
             tasks=tasks,
-            method=method,
-            tokens=tokens,
-            num_modules=num_modules,
-            num_experts=num_experts,
-            modules_per_expert=modules_per_expert,
-            active_fraction=active_fraction,
-            shared_modules=shared_modules,
-            top_k=top_k,
-            routing=routing,
-            combine=combine,
-            compensation=compensation,
-            coverage=coverage,
-            refit=refit,
-            router_start=router_start,
-            router_kind=router_kind,
-            routing_chunk=routing_chunk,
-            adapter=adapter,
-            budget=budget,
-            partition=partition,
-            assignment=assignment,
-            score=score,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            by_layer=by_layer,
-            seed=seed,
-            device=device,
-            trust_remote_code=trust_remote_code or None,
-            allow_code=allow_code,
+            method=job.method,
+            adapter=job.adapter,
+            budget=job.budget,
+            **asdict(text),
+            **asdict(modules),
+            **{name: value for name, value in asdict(experts).items() if name != "fit_bytes"},
+            **asdict(router),
+            seed=run.seed,
+            device=run.device,
+            trust_remote_code=run.trust_remote_code or None,
         )
-        words = flags.task_words(tasks, recipe)
+        words = flags.task_words(tasks, job.recipe)
         # the dense model teaches what was made of its modules; a pruned model or one with an adapter does without
         words += ["--distill-from", source] if words and result.get("stored_modules") else []
-        words += ["--trust-remote-code"] if words and trust_remote_code else []
+        words += ["--trust-remote-code"] if words and run.trust_remote_code else []
         following = flags.quote("modmoe", "finetune", output, "OUT", *words) + ("" if words else " ...")
-        next_step = "the same without --dry-run" if dry_run else following
+        next_step = "the same without --dry-run" if run.dry_run else following
         if result.get("stored_modules") and result["num_experts"] == 1:
             console.say(
                 "note: there is one expert, so nothing is chosen; for more give a second --task, or --num-experts."
             )
-        picture = (lambda: draw_tree(result, output)) if result.get("stored_modules") and not dry_run else None
+        picture = (lambda: draw_tree(result, output)) if result.get("stored_modules") and not run.dry_run else None
         shown = estimate_words(result)
         console.finish(result, title=output, next_step=next_step, shown=shown, picture=picture)
+
+
+def _check_one_size(experts: ExpertOptions) -> None:
+    """Raise RecipeError where the size of an expert is set in two ways."""
+    sizes = {
+        "--modules-per-expert": experts.modules_per_expert,
+        "--active-fraction": experts.active_fraction,
+        "--fit-bytes": experts.fit_bytes,
+    }
+    flags_set = [flag for flag, size in sizes.items() if size is not None]
+    if len(flags_set) > 1:
+        raise RecipeError(" and ".join(flags_set), "give one of them", "each sets the size of an expert")

@@ -18,6 +18,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from source_text import ROOT, as_markdown, cell, docstring, find, parse, settings_of, settings_table, split_title
 
+from modmoe.conversion.table import CONVERSIONS
+
 RESULTS = "benchmarks/results"
 _DIRECTIVE = re.compile(r"^<!-- (\w+): (.+?) -->$", re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
@@ -49,6 +51,15 @@ def make_adapters(_: str) -> str:
         facts = source_text.adapter_facts(method)
         place = facts["attached to"].split(":")[0].split(";")[0]
         rows.append(f"| [`{method}`]({method}.md) | {facts['about']} | {place} | {facts['folds'].split(',')[0]} |")
+    return "\n".join(rows)
+
+
+def make_conversions(_: str) -> str:
+    """Return a table of all conversions, as their rows describe them."""
+    rows = ["| `--method` | what comes out | text | in short |", "|---|---|---|---|"]
+    for name, row in CONVERSIONS.items():
+        page = {"adapters": "../adapters/index.md"}.get(name, f"{name}.md")
+        rows.append(f"| [`{name}`]({page}) | {row.output} | {'read' if row.reads_text else 'none'} | {row.brief} |")
     return "\n".join(rows)
 
 
@@ -217,6 +228,7 @@ def _from(folder: str, text: str) -> str:
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
+    "conversions": make_conversions,
     "method": make_method,
     "adapter": make_adapter,
     "adapters": make_adapters,

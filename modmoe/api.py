@@ -98,11 +98,13 @@ def analyze(
     out = _output("analyze", output)
     check_places(out, overwrite=overwrite, report=report, inputs=recipe_inputs(resolved, source, recipe))
     from modmoe.analysis.run import analyze as run
+    from modmoe.conversion.modular.settled import count_clusters
     from modmoe.reports.report import write_report
 
     return run(
         resolved,
         out,
+        num_clusters=count_clusters(resolved),
         report=report,
         write_report=write_report,
         overwrite=overwrite,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ from modmoe.runtime import ranks
 
 _CHUNK_NUMBERS = 1 << 17
 _VECTORS = ("sum_PF", "abs_PF", "square_PF")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_gradients(function: Function) -> Function:
+    """Mark a partitioner or a score that reads ``taylor_PF``, so that the pass is made with gradients for it."""
+    setattr(function, "needs_gradients", True)  # noqa: B010, mypy knows no attributes of functions
+    return function
+
+
+def reads_gradients(function: Callable[..., Any]) -> bool:
+    """Return whether a partitioner or a score was marked by ``with_gradients``."""
+    return bool(getattr(function, "needs_gradients", False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +90,7 @@ class ActivationProfile:
                 return None
             if mine is None or theirs is None or mine.shape[1:] != theirs.shape[1:]:
                 raise CalibrationError(
-                    f"profile: {field} differs in kind between the two; profile both in the same way."
+                    "profile", f"{field} differs in kind between the two", "profile both in the same way"
                 )
             total = mine.new_zeros(len(names), *mine.shape[1:])
             for profile, part in ((self, mine), (other, theirs)):
@@ -199,9 +214,9 @@ def load_profiles(path: str | Path) -> list[ActivationProfile]:
             for layer in range(int(facts["num_layers"]))
         ]
     except KeyError as error:
-        raise CheckpointError(f"{path}: {error} is missing; run the analysis again.") from error
+        raise CheckpointError(str(path), f"{error} is missing", "run the analysis again") from error
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged: {reason_of(error)}; run the analysis again.") from error
+        raise CheckpointError(str(path), f"damaged: {reason_of(error)}", "run the analysis again") from error
     for layer, profile in enumerate(profiles):
         _check_shapes(path, layer, profile)
     return profiles
@@ -220,11 +235,12 @@ def _check_shapes(path: str | Path, layer: int, profile: ActivationProfile) -> N
     for field, shape in expected.items():
         tensor = getattr(profile, field)
         if tensor is not None and not (tensor.is_floating_point() or tensor.dtype == torch.int64):
-            raise CheckpointError(f"{path}: layers.{layer}.{field} is of {tensor.dtype}; run the analysis again.")
+            raise CheckpointError(str(path), f"layers.{layer}.{field} is of {tensor.dtype}", "run the analysis again")
         if tensor is not None and (tuple(tensor.shape) != shape or not bool(torch.isfinite(tensor).all())):
             raise CheckpointError(
-                f"{path}: layers.{layer}.{field} is {tuple(tensor.shape)} where {shape} finite numbers belong; run the "
-                "analysis again."
+                str(path),
+                f"layers.{layer}.{field} is {tuple(tensor.shape)} where {shape} finite numbers belong",
+                "run the analysis again",
             )
 
 
@@ -300,8 +316,9 @@ class _Sums:
         for field, vector in vectors.items():
             if not bool(torch.isfinite(vector).all()):
                 raise CalibrationError(
-                    f"layer {layer}: {field} is not finite: activations overflow, or the weights or config.json are "
-                    "damaged; run the model in bfloat16 or float32, and modmoe doctor."
+                    f"layer {layer}",
+                    f"{field} is not finite: activations overflow, or the weights or config.json are damaged",
+                    "run the model in bfloat16 or float32, and modmoe doctor",
                 )
         return ActivationProfile(
             names,
@@ -322,7 +339,7 @@ def _check_partitions(runner: Runner, partitions: Sequence[Partition]) -> None:
     for layer, partition in enumerate(partitions):
         neurons = down_weight(runner.model, runner.family, layer).shape[1]
         if len(partition.module_F) != neurons:
-            raise PartitionError(f"layer {layer}: a partition of {len(partition.module_F)} neurons for {neurons}.")
+            raise PartitionError(f"layer {layer}", f"a partition of {len(partition.module_F)} neurons for {neurons}")
 
 
 def _merge_rows(one: ActivationProfile, two: ActivationProfile) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modmoe.analysis.modules import Partition
-from modmoe.analysis.profile import ActivationProfile
+from modmoe.analysis.profile import ActivationProfile, with_gradients
 from modmoe.errors import CalibrationError, PartitionError, RecipeError, did_you_mean
 from modmoe.models.ffn_layout import FFNWeights
 
@@ -61,6 +61,7 @@ def _wifv(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     return variance_PF * _sum_rows(weights.down_DF, Tensor.square)
 
 
+@with_gradients
 def _taylor(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     if profile.taylor_PF is None:
         raise CalibrationError(
@@ -115,7 +116,7 @@ def neuron_scores(method: str, profile: ActivationProfile, weights: FFNWeights) 
         CalibrationError: the profile lacks what the score needs.
     """
     if method not in NEURON_SCORES:
-        raise RecipeError(f"score: no score of neurons '{method}'.{did_you_mean(method, NEURON_SCORES)}")
+        raise RecipeError("score", f"no score of neurons '{method}'", did_you_mean(method, NEURON_SCORES))
     return NEURON_SCORES[method](profile, weights)
 
 
@@ -128,7 +129,7 @@ def module_scores(method: str, profile: ActivationProfile, weights: FFNWeights, 
         PartitionError: the partition is of another number of neurons, or not the one whose norms the profile holds.
     """
     if method not in SCORES:
-        raise RecipeError(f"assignment.score: no score '{method}'.{did_you_mean(method, SCORES)}")
+        raise RecipeError("assignment.score", f"no score '{method}'", did_you_mean(method, SCORES))
     if len(partition.module_F) != profile.num_neurons:
         raise PartitionError(
             f"a partition of {len(partition.module_F)} neurons for a profile of {profile.num_neurons}."

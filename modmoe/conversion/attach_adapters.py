@@ -4,56 +4,79 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from modmoe.analysis.run import save_recipe, silent
+from modmoe.conversion.steps import Draft, Steps
 from modmoe.errors import AdapterError, RecipeError
-from modmoe.models.loading import load, skeleton
+from modmoe.models.opened import OpenedModel
+from modmoe.recipe.record import save_recipe
 from modmoe.recipe.schema import AdapterRecipe, Recipe
-from modmoe.storage.checkpoint import copy_companions, resolve_source
-from modmoe.storage.staging import check_output, open_output
+from modmoe.runtime import ranks
+from modmoe.runtime.progress import Progress
+from modmoe.storage.checkpoint import copy_companions
 
 
-def check_method(recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe names no adapter to attach."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """A model, and the adapter that fits it."""
+
+    model: OpenedModel
+    revision: str | None
+    config: Any
+    """The PEFT configuration."""
+    facts: dict[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self.facts["parameters"]["adapter"]) * torch.float32.itemsize
+
+
+_ROUNDING = 16
+"""How far logits may be apart that differ in nothing but rounding: in units of rounding of the largest."""
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """Return the recipe; RecipeError where it names no adapter to attach."""
     if recipe.adapter.method is None:
-        raise RecipeError("adapter.method: is not given; method adapters needs one.")
+        raise RecipeError("adapter.method", "is not given", "name one with --adapter METHOD")
+    return recipe
 
 
-def attach_adapters(
-    recipe: Recipe, output: str, *, overwrite: bool, dry_run: bool, revision: str | None, progress: Any = None
-) -> dict[str, Any]:
-    """Attach the recipe's adapter to its source and write it to ``output`` as PEFT does, whole or not at all.
-
-    The source is left unchanged and is not copied: the adapter names it. With ``dry_run`` nothing is written, and
-    the source's config.json is enough.
-
-    Returns ``method``, ``settings``, ``targets``, ``layers`` attached to, ``parameters: {adapter, base, share}``,
-    and ``verified: {max_abs_logit_diff}`` between the model with the fresh adapter and without, which is 0.
+def open_base(recipe: Recipe, revision: str | None, progress: Progress, *, headers_only: bool) -> _Opened:
+    """Open the model to attach to; its config.json is enough.
 
     Raises:
         AdapterError: an unknown method or setting, layers that are not there, a budget too small.
         RecipeError, CheckpointError: no method; a source that cannot be read.
     """
-    progress = progress or silent
-    started_s = time.monotonic()
-    check_output(output, overwrite=overwrite)
     assert recipe.source is not None
-    source = resolve_source(recipe.source, revision)
+    model = OpenedModel.at(recipe.source, revision, trust_remote_code=recipe.trust_remote_code)
     progress("checking the source")
-    outline = skeleton(source, trust_remote_code=recipe.trust_remote_code)
+    outline = model.outline()
     config = adapter_config(recipe.adapter, outline)
-    plan = describe(config, outline)
-    if dry_run:
-        return {"dry_run": True, **plan}
+    return _Opened(model, revision, config, describe_adapter(config, outline))
+
+
+def make(recipe: Recipe, opened: _Opened, directory: Path, progress: Progress) -> Draft | None:
+    """Return the draft of a fresh adapter as PEFT writes it; the model is not copied, the adapter names it.
+
+    The facts are ``method``, ``settings``, ``targets``, ``layers`` attached to and ``parameters: {adapter, base,
+    share}``; the proof is ``max_abs_logit_diff`` between the model with the fresh adapter and without, which is 0 but
+    for rounding.
+
+    Raises AdapterError where it is more.
+    """
+    if not ranks.is_first():
+        return None
+    assert recipe.source is not None
     progress("attaching")
     torch.manual_seed(recipe.seed)
-    model: Any = load(source, trust_remote_code=recipe.trust_remote_code, device="cpu")
+    model = opened.model.load(device="cpu")
     if hasattr(model, "set_ffn_way"):
         model.set_ffn_way("masked")  # the way that adapters inside its FFNs need, so that nothing else differs
         if model.config.routing == "task" and model.config.default_expert is None:
@@ -62,36 +85,36 @@ def attach_adapters(
     ids_BT = (torch.arange(24).reshape(2, 12) * 7919 + 13) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
         before = model(ids_BT, use_cache=False).logits
-        attached = attach_to(model, config, recipe.source, revision)
+        attached = attach_to(model, opened.config, recipe.source, opened.revision)
         difference = float((attached(ids_BT, use_cache=False).logits - before).abs().max())
-    if difference:
-        raise AdapterError(f"{config.method}: the fresh adapter changes the logits by {difference:.3g}; it must not.")
-    adapter_bytes = plan["parameters"]["adapter"] * torch.float32.itemsize
-    with open_output(output, overwrite=overwrite, size_bytes=adapter_bytes) as partial:
-        progress("writing")
-        write_adapters(attached, source, partial, recipe)
-    return {
-        **plan,
-        "output": str(output),
-        "verified": {"max_abs_logit_diff": difference},
-        "seconds": round(time.monotonic() - started_s, 2),
-    }
+    # the adapter adds zero, but a library may choose another kernel for the same product, which rounds otherwise
+    if not difference <= _ROUNDING * torch.finfo(before.dtype).eps * max(1.0, float(before.abs().max())):
+        raise AdapterError(
+            opened.config.method, f"the fresh adapter changes the logits by {difference:.3g}; it must not"
+        )
+    return Draft(
+        plan=None,
+        write=lambda output: write_adapters(attached, opened.model.directory, output, recipe),
+        prove=lambda output: {"max_abs_logit_diff": difference},
+        facts=opened.facts,
+    )
 
 
-def adapter_config(wanted: AdapterRecipe, model: PreTrainedModel) -> Any:
+def adapter_config(adapter: AdapterRecipe, model: PreTrainedModel) -> Any:
     """Return the PEFT configuration that a recipe asks for; its rank is solved where there is a budget."""
     from modmoe.adapters.budget import make_config, solve_budget
 
-    if wanted.method is None:
-        raise RecipeError("adapter.method: is not given; name one with --adapter METHOD.")
-    config = make_config(wanted.method, wanted.settings)
-    if wanted.budget is not None:
-        return solve_budget(wanted.method, model, wanted.budget, **wanted.settings)
+    if adapter.method is None:
+        raise RecipeError("adapter.method", "is not given", "name one with --adapter METHOD")
+    config = make_config(adapter.method, adapter.settings)
+    if adapter.budget is not None:
+        return solve_budget(adapter.method, model, adapter.budget, **adapter.settings)
     count, base = config.num_parameters(model), model.num_parameters()
     if count > _MOST_TIMES * base:
         raise AdapterError(
-            f"adapter.settings: {wanted.method} would have {count:,} parameters with these, and the model has "
-            f"{base:,}; choose a smaller r or fewer experts."
+            "adapter.settings",
+            f"{adapter.method} would have {count:,} parameters with these, and the model has {base:,}",
+            "choose a smaller r or fewer experts",
         )
     return config
 
@@ -105,9 +128,9 @@ def attach_to(model: PreTrainedModel, config: Any, source: str, revision: str | 
     from peft import get_peft_model
 
     attached = get_peft_model(model, config)
-    made = attached.peft_config["default"]
-    made.base_model_name_or_path = str(Path(source).resolve()) if os.path.exists(source) else source
-    made.revision = revision
+    written = attached.peft_config["default"]
+    written.base_model_name_or_path = str(Path(source).resolve()) if os.path.exists(source) else source
+    written.revision = revision
     return attached
 
 
@@ -119,7 +142,7 @@ def write_adapters(model: Any, base: Path, directory: Path, recipe: Recipe) -> N
     save_recipe(directory, recipe)
 
 
-def describe(config: Any, model: PreTrainedModel) -> dict[str, Any]:
+def describe_adapter(config: Any, model: PreTrainedModel) -> dict[str, Any]:
     """Return what an adapter comes to on a model: its settings, where it is attached, and the parameters."""
     from modmoe.adapters.peft_binding import parameter_shapes
 
@@ -135,3 +158,7 @@ def describe(config: Any, model: PreTrainedModel) -> dict[str, Any]:
         "layers": len(paths),
         "parameters": {"adapter": count, "base": base, "share": round(count / base, 6)},
     }
+
+
+STEPS = Steps(settle=settle, open=open_base, describe=lambda recipe, opened: dict(opened.facts), make=make)
+"""Attaching routed adapters."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from modmoe.analysis.partitions.table import find_partitioner
 from modmoe.analysis.score import SCORES
-from modmoe.conversion.modular.assignment import ASSIGNMENTS
-from modmoe.conversion.modular.from_outputs import OUTPUT_ASSIGNMENTS
+from modmoe.conversion.driver import steps_of
+from modmoe.conversion.modular.assignments import find_assignment
 from modmoe.conversion.prune import SCORES as NEURON_SCORES
 from modmoe.conversion.reduce_experts.reduction import SCORES as EXPERT_SCORES
-from modmoe.conversion.table import CONVERSIONS, function_at
+from modmoe.conversion.table import find_conversion
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.models.families import family_of
 from modmoe.recipe.schema import Recipe
@@ -19,26 +19,19 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises RecipeError or PartitionError as a conversion would, before anything is read.
     """
+    conversion = find_conversion(recipe.method)
     find_partitioner(recipe.partition.method)
-    for place, name, known in (
-        ("method", recipe.method, tuple(CONVERSIONS)),
-        ("assignment.method", recipe.assignment.method, (*ASSIGNMENTS, *OUTPUT_ASSIGNMENTS)),
-        ("assignment.score", recipe.assignment.score, _scores_of(recipe.method)),
-        ("experts.score", recipe.experts.score, tuple(EXPERT_SCORES)),
+    find_assignment(recipe.assignment.method)
+    for place, name, names in (
+        ("assignment.score", recipe.assignment.score, NEURON_SCORES if conversion.scores == "neurons" else SCORES),
+        ("experts.score", recipe.experts.score, EXPERT_SCORES),
     ):
-        if name not in known:
-            raise RecipeError(f"{place}: there is no '{name}'.{did_you_mean(name, known)}")
+        if name not in names:
+            raise RecipeError(place, f"no score '{name}'", did_you_mean(name, names))
     if recipe.family is not None:
         family_of({}, recipe.family)
     if recipe.adapter.method is not None:
         from modmoe.adapters.budget import make_config
 
         make_config(recipe.adapter.method, recipe.adapter.settings)
-    check = CONVERSIONS[recipe.method].check
-    if check:
-        function_at(check)(recipe)
-
-
-def _scores_of(method: str) -> tuple[str, ...]:
-    conversion = CONVERSIONS.get(method)
-    return tuple(NEURON_SCORES) if conversion is not None and conversion.scores == "neurons" else tuple(SCORES)
+    steps_of(recipe.method).settle(recipe)

@@ -20,7 +20,6 @@ loaded by anything else, and neither is built.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,35 +32,26 @@ from torch import Tensor
 from modmoe.analysis.passes.by_layer import Stage
 from modmoe.analysis.passes.stream import Turn, count_tokens
 from modmoe.analysis.profile import ActivationProfile, save_profiles
-from modmoe.analysis.run import (
-    Analysis,
-    Progress,
-    Source,
-    analyze_source,
-    counter,
-    open_source,
-    save_recipe,
-    silent,
-    tokens_by_task,
-)
+from modmoe.analysis.run import Analysis, analyze_source, tokens_by_task
 from modmoe.analysis.score import NEURON_SCORES, neuron_scores
+from modmoe.analysis.source import Source, open_source
 from modmoe.analysis.tables import write_tensors
-from modmoe.analysis.text.reading import summaries
 from modmoe.conversion.modular.layerwise import solve_held
-from modmoe.conversion.modular.run import layered, peak_rss_bytes
+from modmoe.conversion.modular.steps import layered
 from modmoe.conversion.proof import compare_logits
+from modmoe.conversion.steps import Draft, Steps
 from modmoe.errors import RecipeError, did_you_mean
 from modmoe.formats.tied_code import own_files
-from modmoe.models.counts import dense_neurons, tensor_bytes, tensor_parameters
+from modmoe.models.counts import dense_neurons, tensor_parameters
 from modmoe.models.families import Family
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.models.inspection import inspect
 from modmoe.models.loading import own_code
+from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import PartitionRecipe, Recipe
 from modmoe.runtime import ranks
-from modmoe.storage.checkpoint import Checkpoint, CheckpointWriter, copy_companions, write_json
+from modmoe.runtime.progress import Progress, counter
+from modmoe.storage.checkpoint import Checkpoint
 from modmoe.storage.plan import Const, Copy, Op, Plan, Take
-from modmoe.storage.staging import check_output
 
 SCORES = (*NEURON_SCORES, "random")
 """Names of the scores."""
@@ -81,87 +71,79 @@ class PrunedFFN:
     """The bias behind it; None where it stays, or there is none."""
 
 
-@ranks.joined()
-def prune(
-    recipe: Recipe,
-    output: str,
-    *,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Cut every FFN to ``assignment.active_fraction`` of its neurons and write the model, whole or not at all.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """A dense source, and how many neurons of each FFN stay."""
+
+    source: Source
+    count: int
+
+    @property
+    def model(self) -> OpenedModel:
+        return self.source.model
+
+    @property
+    def size_bytes(self) -> int:
+        return self.source.size_bytes
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """Return the recipe; RecipeError where there is no such score of neurons.
 
     Of the recipe count ``assignment.score``, ``active_fraction`` and ``refit``, ``router.compensation``, the tasks and
-    their calibration. The source is left unchanged.
-
-    Returns the inspection of the new checkpoint with ``score``, ``neurons`` and ``neurons_before`` of an FFN,
-    ``verified`` (it equals the dense model with those neurons silenced and the repairs made), ``seconds`` and
-    ``peak_rss_bytes``.
-
-    Raises:
-        RecipeError: no such score, or a compensation that the family has no bias for.
-        ModmoeError: another kind of it that says what to mend; nothing is left behind.
+    their calibration.
     """
-    progress = progress or silent
-    started_s = time.monotonic()
-    check_output(output, overwrite=overwrite)
-    check_score(recipe.assignment.score)
-    source = open_source(_for_analysis(recipe), revision, progress, headers_only=dry_run)
+    score = recipe.assignment.score
+    if score not in SCORES:
+        raise RecipeError("assignment.score", f"no score of neurons '{score}'", did_you_mean(score, SCORES))
+    return recipe
+
+
+def open_prunable(recipe: Recipe, revision: str | None, progress: Progress, *, headers_only: bool) -> _Opened:
+    """Open the dense source; RecipeError for a compensation that the family has no bias for."""
+    source = open_source(_for_analysis(recipe), revision, progress, headers_only=headers_only)
     if recipe.router.compensation:
         check_bias(source.checkpoint, source.family)
-    count = max(1, round(recipe.assignment.active_fraction * source.neurons))
-    if dry_run:
-        return _costs(recipe, source, count)
-    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=tensor_bytes(source.checkpoint)) as directory:
-        analysis = analyze_source(_for_analysis(recipe), source, progress, directory)
-        pruned = prune_layers(recipe, analysis, count, directory, progress)
-        if not ranks.is_first():
-            return {"output": str(output)}
-        checkpoint = source.checkpoint
-        plan = prune_plan(source, pruned)
-        plan.check(checkpoint)
-        writer = CheckpointWriter(directory, report=partial(progress, "writing, bytes"))
-        plan.run(checkpoint, writer)
-        writer.finish(plan.config)
-        copy_companions(checkpoint.directory, directory)
-        for name, text in own_files(plan.config, checkpoint.directory).items():
-            (directory / name).write_text(text, encoding="utf-8")
-        save_recipe(directory, recipe)
-        save_profiles(directory / "analysis", analysis.profiles)
+    return _Opened(source, max(1, round(recipe.assignment.active_fraction * source.neurons)))
+
+
+def make(recipe: Recipe, opened: _Opened, directory: Path, progress: Progress) -> Draft | None:
+    """Return the draft of the model whose FFNs have ``opened.count`` neurons, on the first process."""
+    source = opened.source
+    analysis = analyze_source(_for_analysis(recipe), source, progress, directory)
+    pruned = prune_layers(recipe, analysis, opened.count, directory, progress)
+    if not ranks.is_first():
+        return None
+    plan = prune_plan(source, pruned)
+
+    def write(output: Path) -> None:
+        for name, text in own_files(plan.config, source.model.directory).items():
+            (output / name).write_text(text, encoding="utf-8")
+        save_profiles(output / "analysis", analysis.profiles)
         kept = {f"layers.{layer}.kept_N": ffn.kept_N for layer, ffn in enumerate(pruned)}
-        write_tensors(directory / "analysis", "neurons.safetensors", kept, {"kind": "neurons"})
-        write_json(directory / "analysis" / "plan.json", plan.describe())
-        verified = verify_silenced(directory, analysis, pruned, recipe.trust_remote_code, progress)
-        result = {
-            **inspect(str(directory)),
-            **_about(recipe, source, count),
-            "output": str(output),
-            "read": summaries(analysis.readings),
-            "verified": verified,
-        }
-        progress("putting it on the disk")
-    return {**result, "seconds": round(time.monotonic() - started_s, 2), "peak_rss_bytes": peak_rss_bytes()}
+        write_tensors(output / "analysis", "neurons.safetensors", kept, {"kind": "neurons"})
 
-
-def check_score(score: str) -> None:
-    """Raise RecipeError where there is no such score of neurons."""
-    if score not in SCORES:
-        raise RecipeError(f"assignment.score: no score of neurons '{score}'.{did_you_mean(score, SCORES)}")
+    return Draft(
+        plan=plan,
+        write=write,
+        prove=lambda output: verify_silenced(output, analysis, pruned, progress),
+        facts=_facts(recipe, source, opened.count),
+        readings=analysis.readings,
+    )
 
 
 def check_bias(checkpoint: Checkpoint, family: Family) -> None:
     """Raise RecipeError where a family has no bias behind its FFNs to hold what is added."""
     if f"{family.layers}.0.{family.down}.bias" not in checkpoint and family.model_type not in _MLP_BIAS:
         raise RecipeError(
-            f"router.compensation: '{family.model_type}' has no bias in its FFNs to hold it; leave it out, or prune "
-            f"one that has (gpt2, gpt_neox, opt, {', '.join(_MLP_BIAS)})."
+            "router.compensation",
+            f"'{family.model_type}' has no bias in its FFNs to hold it",
+            f"leave it out, or prune one that has (gpt2, gpt_neox, opt, {', '.join(_MLP_BIAS)})",
         )
 
 
 def _for_analysis(recipe: Recipe) -> Recipe:
-    """Return the recipe whose analysis is no more than the profile: neither modules nor experts are wanted."""
+    """Return the recipe whose analysis is no more than the profile: it asks for neither modules nor experts."""
     score = recipe.assignment.score
     assignment = replace(
         recipe.assignment, method="top_score", score="wanda" if score == "random" else score, num_experts=None
@@ -193,14 +175,14 @@ def choose_neurons(profile: ActivationProfile, weights: FFNWeights, score: str, 
 
 def prune_layers(recipe: Recipe, analysis: Analysis, count: int, scratch: Path, progress: Progress) -> list[PrunedFFN]:
     """Choose ``count`` neurons of each layer and make the repairs that are asked for."""
-    source, wanted = analysis.source, recipe.assignment
+    source, refit = analysis.source, recipe.assignment.refit
     kept_LN = [
-        choose_neurons(profile, weights, wanted.score, count, recipe.seed + layer)
+        choose_neurons(profile, weights, recipe.assignment.score, count, recipe.seed + layer)
         for layer, (profile, weights) in enumerate(zip(analysis.profiles, analysis.ffns, strict=True))
     ]
-    if not wanted.refit and not recipe.router.compensation:
+    if not refit and not recipe.router.compensation:
         return [PrunedFFN(kept_N) for kept_N in kept_LN]
-    if not wanted.refit:
+    if not refit:
         pairs = zip(kept_LN, analysis.profiles, analysis.ffns, strict=True)
         return [PrunedFFN(kept_N, None, mean_bias(profile, weights, kept_N)) for kept_N, profile, weights in pairs]
     total = sum(tokens_by_task(analysis.batches).values())
@@ -214,7 +196,7 @@ def prune_layers(recipe: Recipe, analysis: Analysis, count: int, scratch: Path, 
         reported = done // (2 * source.num_layers)
 
     pruned = []
-    for stage in layered(recipe, analysis, scratch).stages(analysis.batches):
+    for stage in layered(analysis, scratch).stages(analysis.batches):
         weights, tokens = analysis.ffns[stage.layer], sum(count_tokens(analysis.batches).values())
         fit = partial(refit_layer, stage, weights, kept_LN[stage.layer], tokens)
         pruned.append(fit(has_bias=recipe.router.compensation, progress=count_done))
@@ -326,7 +308,7 @@ def _config(source: Source, count: int, adds_bias: bool) -> dict[str, Any]:
 
 
 def verify_silenced(
-    directory: Path, analysis: Analysis, pruned: Sequence[PrunedFFN], trust_remote_code: bool, progress: Progress
+    directory: Path, analysis: Analysis, pruned: Sequence[PrunedFFN], progress: Progress
 ) -> dict[str, Any]:
     """Compare what was written with the dense model whose neurons that are left out are silent; PlanError if unlike."""
     is_repaired = pruned[0].down_DN is not None or pruned[0].bias_D is not None
@@ -339,19 +321,18 @@ def verify_silenced(
     def repaired(layer: int, hidden: Tensor, turn: Turn) -> Tensor:
         return _output(analysis.ffns[layer], pruned[layer], layer, hidden, turn)
 
-    difference, found = compare_logits(
+    difference, facts = compare_logits(
         directory,
         analysis,
         on_hidden=silenced,
         on_down=repaired if is_repaired else None,
         what="silenced neurons",
-        trust_remote_code=trust_remote_code,
         report=partial(progress, "verifying, models"),
     )
-    return {"max_abs_logit_diff_silenced": difference, **found}
+    return {"max_abs_logit_diff_silenced": difference, **facts}
 
 
-def _about(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
+def _facts(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
     return {
         "method": "prune",
         "score": recipe.assignment.score,
@@ -362,8 +343,9 @@ def _about(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
     }
 
 
-def _costs(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
+def describe(recipe: Recipe, opened: _Opened) -> dict[str, Any]:
     """Return what a run would make and cost, from headers alone; which neurons are kept changes no size."""
+    source, count = opened.source, opened.count
     checkpoint = source.checkpoint
     sizes = tensor_parameters(checkpoint)
     neurons = dense_neurons(checkpoint, source.family, source.num_layers)
@@ -371,10 +353,9 @@ def _costs(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
     tokens = recipe.calibration.tokens * len(recipe.tasks)
     dense = sum(sizes.values())
     return {
-        "dry_run": True,
         "model_type": source.family.model_type,
         "num_layers": source.num_layers,
-        **_about(recipe, source, count),
+        **_facts(recipe, source, count),
         # without the biases that a compensation may add
         "parameters": {"dense": dense, "stored": dense - ffn + ffn * count // source.neurons},
         "calibration_tokens": tokens,
@@ -382,3 +363,7 @@ def _costs(recipe: Recipe, source: Source, count: int) -> dict[str, Any]:
         "calibration_flops": 2 * dense * tokens * (3 if recipe.assignment.refit else 1),
         "tensors": len(checkpoint),
     }
+
+
+STEPS = Steps(settle=settle, open=open_prunable, describe=describe, make=make)
+"""Static structured pruning."""

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,28 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from modmoe.analysis.passes.by_layer import fits, free_bytes
-from modmoe.analysis.run import Progress, Source, open_dense, save_recipe, silent
-from modmoe.conversion.modular.run import peak_rss_bytes
+from modmoe.analysis.source import Source, open_dense
+from modmoe.conversion.steps import Draft, Steps
 from modmoe.errors import RecipeError
 from modmoe.formats.card.upcycled import write_upcycled_card
 from modmoe.formats.native.plan import native_export
 from modmoe.formats.proof.verify import verify
 from modmoe.models.counts import count_sizes, tensor_parameters
 from modmoe.models.inspection import inspect
-from modmoe.models.loading import load
+from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import Recipe
-from modmoe.runtime import ranks
-from modmoe.storage.checkpoint import CheckpointWriter, copy_companions, write_json
-from modmoe.storage.plan import Copy, Op, Shape, Take
-from modmoe.storage.staging import check_output
+from modmoe.runtime.progress import Progress
+from modmoe.storage.plan import Copy, Op, Plan, Shape, Take
 
 LOG = logging.getLogger(__name__)
-NativeExport = Callable[..., Any]
-"""Takes a tied checkpoint, and returns the plan of the same model in a format of transformers; see ``take``."""
-Prove = Callable[..., dict[str, Any]]
-"""Takes what returns the model in memory, its weights in a type, and the directory to compare it with."""
-WriteCard = Callable[[Path, dict[str, Any], Path, str | None], None]
-"""Takes the directory, the result, where the source lies and how it was named."""
 
 _ROUTER_STD = 0.02
 _ROLES = ("gate", "up", "down")
@@ -94,102 +85,100 @@ def check_counts(recipe: Recipe) -> tuple[int, int]:
     experts, top_k = recipe.assignment.num_experts or 0, recipe.router.top_k
     if top_k < 2:
         raise RecipeError(
-            "router.top_k: the one expert chosen would always weigh 1, and its router never learn; choose 2 or more."
+            "router.top_k", "the one expert chosen would always weigh 1, and its router never learn", "choose 2 or more"
         )
     if top_k > experts:
-        raise RecipeError(f"router.top_k: {top_k} is more than the {experts} experts there are.")
+        raise RecipeError("router.top_k", f"{top_k} is more than the {experts} experts there are")
     return experts, top_k
 
 
-@ranks.joined()
-def upcycle(
-    recipe: Recipe,
-    output: str,
-    *,
-    native_export: NativeExport = native_export,
-    prove: Prove = verify,
-    write_card: WriteCard = write_upcycled_card,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write a mixture of experts that begin as copies of the dense model's FFNs, whole or not at all.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """A dense source under which its experts are laid, and the plan of what is made of it."""
 
-    Of the recipe count ``assignment.num_experts``, ``router.top_k``, ``upcycle`` and ``seed``. The source is left
-    unchanged; no more than a few of its tensors are in memory at a time, but for the proof, which is left out, with a
-    warning, where the model would take over half of the memory that is free.
+    source: Source
+    plan: Plan
+    target: str
+    """The model type of the format."""
+    shapes: dict[str, Shape]
+    parameters_before: int
+    size_bytes: int
 
-    Args:
-        recipe: what is asked for.
-        output: a directory that is free.
-        native_export: see ``modmoe.formats.native.plan.native_export``.
-        prove: reloads what was written and compares it: with the dense model where experts are copies, else with the
-            same experts made in memory.
-        write_card: writes README.md.
-        overwrite: replace what is in ``output``.
-        dry_run: return what would be made, from headers, and write nothing.
-        revision: of a source on the Hub.
-        progress: called with a message and, where they are known, what is done and what there is in all.
+    @property
+    def model(self) -> OpenedModel:
+        return self.source.model
 
-    Returns the inspection of the new checkpoint with ``redrawn_fraction``, ``target``, ``parameters_before``,
-    ``warnings``, ``verified`` (None where it was left out), ``seconds`` and ``peak_rss_bytes``.
 
-    Raises:
-        RecipeError: numbers of experts that cannot be, or no room on the disk.
-        ModmoeError: another kind of it that says what to mend; nothing is left behind.
+def settle(recipe: Recipe) -> Recipe:
+    """Return the recipe; RecipeError for numbers of experts that cannot be.
+
+    Of the recipe count ``assignment.num_experts``, ``router.top_k``, ``upcycle`` and ``seed``.
     """
-    progress = progress or silent
-    started_s = time.monotonic()
-    check_output(output, overwrite=overwrite)
-    experts, top_k = check_counts(recipe)
+    check_counts(recipe)
+    return recipe
+
+
+def open_upcyclable(recipe: Recipe, revision: str | None, progress: Progress, *, headers_only: bool) -> _Opened:
+    """Open the dense source and plan the mixture of experts; nothing but headers is read."""
     source = open_dense(recipe, revision)
-    checkpoint, before = source.checkpoint, sum(tensor_parameters(source.checkpoint).values())
+    before = sum(tensor_parameters(source.checkpoint).values())
     lay_out(recipe, source)
-    made = native_export(checkpoint, take=partial(take, recipe, source), instead="")
-    plan = made.plan
+    export = native_export(source.checkpoint, take=partial(take, recipe, source), instead="")
+    plan = export.plan
     plan.config["modmoe_method"] = "upcycle"
-    shapes = plan.check(checkpoint)
-    size_bytes = sum(tensor.size_bytes for tensor in plan.outputs(checkpoint).values())
-    about: dict[str, Any] = {
+    shapes = plan.check(source.checkpoint)
+    size_bytes = sum(tensor.size_bytes for tensor in plan.outputs(source.checkpoint).values())
+    return _Opened(source, plan, export.target, shapes, before, size_bytes)
+
+
+def make(recipe: Recipe, opened: _Opened, directory: Path, progress: Progress) -> Draft:
+    """Return the draft; no more than a few tensors are in memory at a time, but for the proof.
+
+    The proof compares with the dense model where experts are copies, else with the same experts made in memory. It is
+    left out, with a warning, where the model would take over half of the memory that is free.
+    """
+    checkpoint = opened.source.checkpoint
+    checkpoint.check_finite(partial(progress, "checking the source, bytes"))
+    warnings: list[str] = []
+
+    def finish(output: Path, result: dict[str, Any]) -> None:
+        for line in warnings:
+            LOG.warning("%s", line)
+        result["parameters"]["dense"] = opened.parameters_before
+        write_upcycled_card(output, result, checkpoint.directory, recipe.source)
+
+    return Draft(
+        plan=opened.plan,
+        prove=lambda output: _verify(recipe, opened.source, output, warnings, progress),
+        facts=_facts(recipe, opened, warnings),
+        finish=finish,
+    )
+
+
+def describe(recipe: Recipe, opened: _Opened) -> dict[str, Any]:
+    """Return what a run would make, from headers alone."""
+    experts, top_k = check_counts(recipe)
+    counts = count_sizes({name: torch.Size(shape).numel() for name, shape in opened.shapes.items()}, experts, top_k)
+    return {
+        "model_type": opened.target,
+        "num_layers": opened.source.num_layers,
+        "num_experts": experts,
+        "top_k": top_k,
+        **_facts(recipe, opened, []),
+        "parameters": {"dense": opened.parameters_before, "stored": counts.stored, "active": counts.active},
+        "bytes": opened.size_bytes,
+        "tensors": len(opened.plan.ops),
+    }
+
+
+def _facts(recipe: Recipe, opened: _Opened, warnings: list[str]) -> dict[str, Any]:
+    return {
         "method": "upcycle",
         "redrawn_fraction": recipe.upcycle.redrawn_fraction,
-        "target": made.target,
-        "parameters_before": before,
-        "warnings": [],
+        "target": opened.target,
+        "parameters_before": opened.parameters_before,
+        "warnings": warnings,
     }
-    if dry_run:
-        counts = count_sizes({name: torch.Size(shape).numel() for name, shape in shapes.items()}, experts, top_k)
-        return {
-            "dry_run": True,
-            "model_type": made.target,
-            "num_layers": source.num_layers,
-            "num_experts": experts,
-            "top_k": top_k,
-            **about,
-            "parameters": {"dense": before, "stored": counts.stored, "active": counts.active},
-            "bytes": size_bytes,
-            "tensors": len(plan.ops),
-        }
-    with ranks.open_first_output(output, overwrite=overwrite, size_bytes=size_bytes) as directory:
-        if not ranks.is_first():
-            return {"output": str(output)}
-        checkpoint.check_finite(partial(progress, "checking the source, bytes"))
-        writer = CheckpointWriter(directory, report=partial(progress, "writing, bytes"))
-        plan.run(checkpoint, writer)
-        writer.finish(plan.config)
-        copy_companions(checkpoint.directory, directory)
-        save_recipe(directory, recipe)
-        (directory / "analysis").mkdir()
-        write_json(directory / "analysis" / "plan.json", plan.describe())
-        about["verified"] = _verify(recipe, source, directory, prove, about["warnings"], progress)
-        for line in about["warnings"]:
-            LOG.warning("%s", line)
-        result = {**inspect(str(directory)), **about, "output": str(output)}
-        result["parameters"]["dense"] = before
-        write_card(directory, result, checkpoint.directory, recipe.source)
-        progress("putting it on the disk")
-    return {**result, "seconds": round(time.monotonic() - started_s, 2), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def lay_out(recipe: Recipe, source: Source) -> None:
@@ -248,7 +237,7 @@ def _seed(recipe: Recipe, layer: int, expert: int = -1, role: int = 0) -> int:
 
 
 def _verify(
-    recipe: Recipe, source: Source, directory: Path, prove: Prove, warnings: list[str], progress: Progress
+    recipe: Recipe, source: Source, directory: Path, warnings: list[str], progress: Progress
 ) -> dict[str, Any] | None:
     """Compare what was written with the model in memory; None, and a warning more, where it does not fit there."""
     numbers = inspect(str(directory))["parameters"]["stored"]
@@ -261,8 +250,7 @@ def _verify(
     progress("verifying in a process of its own")
 
     def in_memory(dtype: torch.dtype) -> Any:
-        options: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code, "device": "cpu", "dtype": dtype}
-        model: Any = load(source.checkpoint.directory, **options)
+        model: Any = source.model.load(device="cpu", dtype=dtype)
         if recipe.upcycle.redrawn_fraction:
             for layer in range(source.num_layers):
                 place = model.get_submodule(f"{source.family.layers}.{layer}")
@@ -270,7 +258,7 @@ def _verify(
         return model
 
     # the default way of computing experts is for GPUs
-    return prove(in_memory, directory, options={"experts_implementation": "eager"})
+    return verify(in_memory, directory, options={"experts_implementation": "eager"})
 
 
 class Mixture(nn.Module):
@@ -309,3 +297,7 @@ class Mixture(nn.Module):
         for expert, weight_T in zip(self.experts, weights_TE.T, strict=True):
             y = y + expert(x) * weight_T.view(*x.shape[:-1], 1)
         return y
+
+
+STEPS = Steps(settle=settle, open=open_upcyclable, describe=describe, make=make)
+"""Upcycling."""

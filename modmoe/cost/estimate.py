@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modmoe.conversion.attach_adapters import adapter_config, describe
+from modmoe.analysis.source import needs_gradients
+from modmoe.conversion.attach_adapters import adapter_config, describe_adapter
 from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import DEVICES, Device, find_device
 from modmoe.cost.formulas import Need, Sizes, estimate_convert, estimate_finetune, sizes_of
 from modmoe.errors import RecipeError
 from modmoe.models.loading import is_adapter, skeleton
-from modmoe.recipe.schema import FinetuneRecipe, Recipe, needs_gradients
+from modmoe.recipe.schema import FinetuneRecipe, Recipe
 from modmoe.storage.checkpoint import adapter_headers, resolve_base, resolve_source
 from modmoe.training.trainable import choose_what_learns
 
@@ -74,7 +75,7 @@ def plan_finetune(recipe: Recipe, directory: str, name: str | None = None) -> di
             return sum(math.prod(shape) for shape, _ in adapter_headers(source).values())
         model = skeleton(base, trust_remote_code=trust)
         if recipe.finetune.train == "adapters":
-            return int(describe(adapter_config(recipe.adapter, model), model)["parameters"]["adapter"])
+            return int(describe_adapter(adapter_config(recipe.adapter, model), model)["parameters"]["adapter"])
         lora = choose_what_learns(model, base, recipe)
         if lora is None:
             return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from modmoe.analysis.passes.by_layer import leaves_half
-from modmoe.analysis.run import count_clusters
+from modmoe.analysis.source import needs_gradients
 from modmoe.conversion.modular.layerwise import KEPT_ROWS as LAYERWISE_ROWS
 from modmoe.conversion.modular.routers import KEPT_ROWS as ROUTER_ROWS
-from modmoe.conversion.modular.run import count_experts, fits_layerwise, settle
+from modmoe.conversion.modular.settled import count_clusters, count_experts, fits_layerwise, settle
 from modmoe.conversion.proof import _FLOAT64_PARAMETERS
 from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import Device
 from modmoe.models.counts import routed_of
-from modmoe.recipe.schema import FinetuneRecipe, Recipe, needs_gradients
+from modmoe.recipe.schema import FinetuneRecipe, Recipe
 
 SHARE_OF_PEAK = {True: (0.5, 1.0), False: (0.2, 0.5)}
 """Least and most of a device's rate that is reached: of a CPU's, which is measured, and of what a vendor prints."""

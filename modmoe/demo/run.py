@@ -312,15 +312,17 @@ def write_demo_report(
     from modmoe.analysis.passes.stream import WholeModel
     from modmoe.analysis.profile import load_profiles
     from modmoe.analysis.routing import view_routing
-    from modmoe.analysis.run import Analysis, open_source, silent, tokenize
+    from modmoe.analysis.run import Analysis, tokenize
     from modmoe.analysis.score import module_scores
+    from modmoe.analysis.source import open_source
     from modmoe.analysis.text.calibration import load_task
     from modmoe.analysis.text.reading import Reading
-    from modmoe.conversion.modular.run import make_assignments
+    from modmoe.conversion.modular.steps import make_assignments
     from modmoe.models.ffn_layout import LazyFFNs
     from modmoe.models.loading import load, load_tokenizer
     from modmoe.recipe.schema import load_recipe
     from modmoe.reports.report import write_report
+    from modmoe.runtime.progress import silent
 
     recipe = load_recipe(converted / "modmoe.yaml")
     source = open_source(recipe)

@@ -49,7 +49,7 @@ class AssignmentRecipe:
     """Which modules make up which expert."""
 
     method: str = "top_score"
-    """A name in ASSIGNMENTS of modmoe.conversion.modular.assignment, or in OUTPUT_ASSIGNMENTS of its from_outputs."""
+    """A name in ASSIGNMENTS of modmoe.conversion.modular.assignments."""
     score: str = "wanda"
     """Importance of a module for a task: magnitude, activation, wanda, wifv, taylor or output_norm."""
     num_experts: int | None = None
@@ -276,9 +276,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """Where a method's defaults are others than the recipe's."""
 
 
-def needs_gradients(recipe: Recipe) -> bool:
-    """Return whether its profile has to have a backward pass, and so the model to be in memory as a whole."""
-    return recipe.assignment.score == "taylor" or recipe.partition.method == "gradient"
+DOTTED = ("method", "partition.method")
+"""Places that a name of one's own may stand in, as the dotted path of what a run then imports."""
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *, allow_code: bool = False) -> Recipe:
@@ -311,13 +310,14 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
         )
     try:
         flat = _flatten(raw)
-        method = flat.get("partition.method")
-        is_replaced = (overrides or {}).get("partition.method") is not None
-        if isinstance(method, str) and "." in method and not (is_replaced or allow_code):
-            raise RecipeError(
-                f"partition.method: '{method[:80]}' is a function of somebody's, whose file would be imported and so "
-                "executed; read it, then pass --allow-code."
-            )
+        for place in DOTTED:
+            name, is_replaced = flat.get(place), (overrides or {}).get(place) is not None
+            if isinstance(name, str) and "." in name and not (is_replaced or allow_code):
+                raise RecipeError(
+                    place,
+                    f"'{name[:80]}' is code of somebody's, whose file would be imported and so executed",
+                    "read it, then pass --allow-code",
+                )
         return make_recipe({**flat, **(overrides or {})})
     except RecipeError as error:
         raise (error.at(f"{path}: {error.place}") if error.place else RecipeError(f"{path}: {error}")) from error

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-from collections.abc import Callable, Iterator
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Iterator
 
 from modmoe.errors import ModmoeError, RecipeError, is_out_of_memory
-from modmoe.recipe.schema import Recipe, needs_gradients
+from modmoe.recipe.schema import Recipe
 
-P = ParamSpec("P")
-R = TypeVar("R")
 # of torch's allocators for the CPU and for GPUs, and of numpy's
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
 _SHORTEST = 32
@@ -21,7 +17,12 @@ _SHORTEST = 32
 
 @contextlib.contextmanager
 def names_what_to_lower(
-    recipe: Recipe, part: str, kind: type[ModmoeError] = RecipeError, num_sharing: int = 1
+    recipe: Recipe,
+    part: str,
+    kind: type[ModmoeError] = RecipeError,
+    num_sharing: int = 1,
+    *,
+    needs_whole_model: bool = False,
 ) -> Iterator[None]:
     """Turn an error of memory into one line that names values of the recipe's ``part`` and what to set them to.
 
@@ -30,6 +31,7 @@ def names_what_to_lower(
         part: ``calibration`` or ``finetune``.
         kind: the error that is raised.
         num_sharing: processes that share a batch, and among which it has to divide.
+        needs_whole_model: whether the model cannot be run a decoder layer at a time.
 
     Raises:
         ModmoeError: memory is full; of ``kind``.
@@ -41,34 +43,24 @@ def names_what_to_lower(
             raise
         asked = _ASKED.search(str(error))
         lacking = f", {asked[1]} {asked[2]} more were asked for" if asked else ""
-        made = kind(f"{part}: memory is full{lacking}; {advice(recipe, part, num_sharing)}.")
+        remedy = advice(recipe, part, num_sharing, needs_whole_model=needs_whole_model)
+        line = kind(part, f"memory is full{lacking}", remedy)
         for note in getattr(error, "__notes__", ()):
-            made.add_note(note)
-        raise made from error
+            line.add_note(note)
+        raise line from error
 
 
-def calibrates(step: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
-    """Let a step that runs calibration text name what to lower where memory runs out."""
-
-    @functools.wraps(step)
-    def told(recipe: Recipe, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with names_what_to_lower(recipe, "calibration"):
-            return step(recipe, *args, **kwargs)
-
-    return told
-
-
-def advice(recipe: Recipe, part: str, num_sharing: int = 1) -> str:
+def advice(recipe: Recipe, part: str, num_sharing: int = 1, *, needs_whole_model: bool = False) -> str:
     """Return what to do: halve the batch or the sequences, or hold less of the model."""
     values = recipe.finetune if part == "finetune" else recipe.calibration
-    found = []
-    if part == "calibration" and not recipe.calibration.by_layer and not needs_gradients(recipe):
-        found.append("set calibration.by_layer to true")
+    remedies = []
+    if part == "calibration" and not recipe.calibration.by_layer and not needs_whole_model:
+        remedies.append("set calibration.by_layer to true")
     batch = values.batch_size // 2 // num_sharing * num_sharing
     if batch:
-        found.append(f"lower {part}.batch_size from {values.batch_size} to {batch}")
+        remedies.append(f"lower {part}.batch_size from {values.batch_size} to {batch}")
     if values.sequence_length >= 2 * _SHORTEST:
-        found.append(f"lower {part}.sequence_length from {values.sequence_length} to {values.sequence_length // 2}")
+        remedies.append(f"lower {part}.sequence_length from {values.sequence_length} to {values.sequence_length // 2}")
     if part == "finetune" and recipe.finetune.train == "full":
-        found.append("set finetune.train to lora")
-    return ", or ".join(found) if found else "take a machine with more of it"
+        remedies.append("set finetune.train to lora")
+    return ", or ".join(remedies) if remedies else "take a machine with more of it"

@@ -19,18 +19,19 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from trl.trainer.sft_config import SFTConfig
 
-from modmoe.analysis.run import save_recipe, silent
 from modmoe.analysis.text.calibration import padding_of, warn_of_length
 from modmoe.analysis.text.reading import Reading, summaries, tell
 from modmoe.errors import RankError, RecipeError, is_out_of_memory
 from modmoe.formats.tied_code import check_auto_map, own_files, write_code
 from modmoe.models.counts import tensor_bytes
 from modmoe.models.loading import check_models, is_adapted, is_adapter, is_tied_type, load, load_tokenizer, pick_device
+from modmoe.recipe.record import save_recipe
 from modmoe.recipe.schema import Recipe
 from modmoe.runtime import ranks
 from modmoe.runtime.launch import check_precision
 from modmoe.runtime.memory import names_what_to_lower
 from modmoe.runtime.preflight import check_states
+from modmoe.runtime.progress import silent
 from modmoe.storage.checkpoint import (
     Checkpoint,
     CheckpointWriter,

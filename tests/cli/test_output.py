@@ -214,7 +214,7 @@ def test_a_validated_recipe_is_itself_a_recipe(tmp_path: Path, capsys: pytest.Ca
     [
         ("partition: {method: kmean}", "partition.method"),
         ("assignment: {score: wnda}", "Did you mean 'wanda'"),
-        ("method: emoes", "method: there is no 'emoes'"),
+        ("method: emoes", "method: no method 'emoes'"),
         ("family: {gat: x}", "family.gat: no such field. Did you mean 'gate'"),
         ("partitions: {method: kmeans}", "Did you mean 'partition'"),
         ("tasks: {a: x}\nrouter: {top_k: 5}", "router.top_k: 5 is more than the 1 experts"),

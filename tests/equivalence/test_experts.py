@@ -16,7 +16,8 @@ import transformers
 
 import modmoe
 from modmoe.analysis.text.calibration import Batch
-from modmoe.conversion.reduce_experts import reduction, run
+from modmoe.conversion import driver
+from modmoe.conversion.reduce_experts import reduction, steps
 from modmoe.conversion.reduce_experts.statistics import ExpertStats, measure_experts
 from modmoe.errors import CheckpointError, ExportError, RecipeError
 from modmoe.formats.proof import reload, verify
@@ -140,7 +141,10 @@ def reduce(source: Path, output: Path, tasks: dict[str, str], **keys: Any) -> di
             **places,
         }
     )
-    return run.reduce_experts(recipe, str(output), prove=lambda *_: {}, write_card=lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "verify", lambda *_: {})
+        patch.setattr(steps, "write_experts_card", lambda *_: None)
+        return driver.convert(recipe, str(output))
 
 
 @pytest.mark.parametrize("assignment", ["prune", "merge"])
@@ -229,7 +233,7 @@ def test_a_checkpoint_that_is_not_what_was_chosen_is_not_left(
     tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = moes.save_moe(tmp_path / "source", "mixtral")
-    right = run.experts_plan
+    right = steps.experts_plan
 
     def wrong(checkpoint: Any, blocks: Any, choices: Any, top_k: int) -> Any:
         moved = [reduction.keep([(expert + 1) % moes.EXPERTS for (expert,) in choice.groups]) for choice in choices]
@@ -244,7 +248,7 @@ def test_a_checkpoint_that_is_not_what_was_chosen_is_not_left(
     monkeypatch.setattr(verify, "_reload", reload_here)
     asked = {"method": "experts", "num_experts": 4, "tasks": tasks, "tokens": 200, "device": "cpu"}
     assert modmoe.convert(source, tmp_path / "right", **asked)["verified"]["max_abs_logit_diff"] == 0
-    monkeypatch.setattr(run, "experts_plan", wrong)
+    monkeypatch.setattr(steps, "experts_plan", wrong)
     with pytest.raises(ExportError, match="differ from the model's"):
         modmoe.convert(source, tmp_path / "out", **asked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "source"]
@@ -322,7 +326,7 @@ def test_inspection_counts_experts_of_other_architectures(tmp_path: Path, name: 
 REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("mixtral", {"num_experts": 7}, RecipeError, "7 is more than the 6 experts there are"),
     ("mixtral", {"num_experts": 0}, RecipeError, "num_experts: 0 is not above 0"),
-    ("mixtral", {}, RecipeError, "experts.num_experts: is not given; say how many of the 6"),
+    ("mixtral", {}, RecipeError, "experts.num_experts: is not given; say how many experts each layer keeps"),
     ("mixtral", {"num_experts": 3, "score": "reaper"}, RecipeError, "no score 'reaper'. Did you mean 'reap'"),
     ("mixtral", {"num_experts": 3, "assignment": "marge"}, RecipeError, "no such value 'marge'. Did you mean 'merge'"),
     (

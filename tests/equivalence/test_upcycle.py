@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import modmoe
-from modmoe.conversion import upcycle
+from modmoe.conversion import driver, upcycle
 from modmoe.conversion.options import check_recipe
 from modmoe.errors import ModmoeError
-from modmoe.formats.native.plan import native_export
 from modmoe.formats.native.targets import TARGETS
 from modmoe.models.inspection import inspect
 from modmoe.models.loading import load
@@ -68,9 +67,10 @@ def unproved(*_: Any, **__: Any) -> dict[str, Any]:
 def convert(source: Path, output: Path, prove: Callable[..., Any] = prove_here, **values: Any) -> dict[str, Any]:
     """Upcycle, with everything but the proof in a process of its own and the card."""
     recipe = make_recipe({"source": str(source), "method": "upcycle", "assignment.num_experts": EXPERTS, **values})
-    return upcycle.upcycle(
-        recipe, str(output), native_export=native_export, prove=prove, write_card=lambda *_: None, overwrite=True
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upcycle, "verify", prove)
+        patch.setattr(upcycle, "write_upcycled_card", lambda *_: None)
+        return driver.convert(recipe, str(output), overwrite=True)
 
 
 @pytest.mark.parametrize("model_type", FORMATS)

@@ -24,7 +24,7 @@ LOADED = (
     "modmoe.cli.main",
     "modmoe.conversion.attach_adapters",
     "modmoe.conversion.prune",
-    "modmoe.conversion.modular.run",
+    "modmoe.conversion.modular.steps",
     "modmoe.exports.adapters",
     "modmoe.exports.converted",
     "modmoe.training.run",
@@ -113,6 +113,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 def _be_child(job: dict[str, Any], home: Path) -> None:
     code = 70
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         os.setsid()
         for number, name in ((1, "out"), (2, "error")):
@@ -123,7 +124,6 @@ def _be_child(job: dict[str, Any], home: Path) -> None:
         os.dup2(null, 0)
         sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", encoding="utf-8")
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _do(job, home)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
@@ -144,6 +144,7 @@ def _do(job: dict[str, Any], home: Path) -> int:
     if "home" in job:
         os.environ["HOME"] = job["home"]
     if "call" in job:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         getattr(room, job["call"])(Path(job["root"]), *job.get("arguments", ()))
         return 0
     from modmoe.cli.main import run
@@ -153,6 +154,8 @@ def _do(job: dict[str, Any], home: Path) -> int:
     if "file_bytes" in job:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"], job["file_bytes"]))
+    # until here Ctrl-C is ignored, as the system does for a program that is not yet there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run(job["arguments"])
     if "file_bytes" not in job:
         (home / "calls").write_text("\n".join(layer.calls))

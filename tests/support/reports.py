@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from modmoe.analysis.routing import RoutedText, RoutingView
-from modmoe.analysis.run import Analysis, analyze_source, open_source, silent
-from modmoe.conversion.modular.run import make_assignments
+from modmoe.analysis.run import Analysis, analyze_source
+from modmoe.analysis.source import open_source
+from modmoe.conversion.modular.steps import make_assignments
 from modmoe.recipe.schema import Recipe, make_recipe
 from modmoe.reports.report import write_report
+from modmoe.runtime.progress import silent
 from tests.support import tiny
 
 NASTY = "<script>alert('x')</script>&\"]]>"

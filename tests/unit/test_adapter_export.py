@@ -127,7 +127,8 @@ def test_a_model_with_its_adapter_is_the_same_without_modmoe(reloaded, name):
     # and with modmoe, by this package's classes
     model = load(folder / name, device="cpu")
     assert type(model).__module__ == "modmoe.adapters.modeling_modmoe_adapters"
-    assert torch.equal(logits_of(folder / name), found[name])
+    # the same arithmetic in another process, where tensors lie elsewhere in memory
+    torch.testing.assert_close(logits_of(folder / name), found[name])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -145,7 +145,8 @@ def test_the_injected_loss_keeps_its_size_when_the_loss_is_scaled_by_a_trainer()
     ids_BT = token_ids()
     with torch.no_grad():
         plain = model(input_ids=ids_BT).logits
-    assert torch.equal(model(input_ids=ids_BT).logits, plain)
+    # with gradients the attention may run another kernel, which rounds otherwise
+    torch.testing.assert_close(model(input_ids=ids_BT).logits.detach(), plain, rtol=0, atol=1e-4)
     nothing = gradients(model, lambda: 0 * model(input_ids=ids_BT, labels=ids_BT).loss)
     alone = context(model).loss
     getattr(model.get_base_model(), f"{CONTEXT}_handles")[""][-1].remove()

@@ -117,7 +117,8 @@ print(json.dumps(differences))
     assert ran.returncode == 0, ran.stderr[-2000:]
     differences = json.loads(ran.stdout.splitlines()[-1])
     assert len(differences) == len(PAIRS)
-    assert max(differences.values()) == 0, {name: value for name, value in differences.items() if value}
+    # the same arithmetic, but tensors lie elsewhere in memory, where a kernel may round otherwise
+    assert max(differences.values()) <= 1e-5, differences
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)

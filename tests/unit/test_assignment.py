@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmoe.conversion.modular.assignment import ASSIGNMENTS, Assignment, seriate
+from modmoe.conversion.modular.assignment import Assignment, assign_at_random, assign_top_score, seriate
+from modmoe.conversion.modular.assignments import ASSIGNMENTS
 from modmoe.errors import PartitionError
+
+BY_SCORES = {name: row.by_scores for name, row in ASSIGNMENTS.items() if row.by_scores is not None}
 
 
 def scores(tasks: int, modules: int, seed: int = 0) -> Tensor:
@@ -32,7 +35,7 @@ def runs(membership_EM: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("coverage", [False, True])
-@pytest.mark.parametrize("method", ASSIGNMENTS)
+@pytest.mark.parametrize("method", BY_SCORES)
 @pytest.mark.parametrize(
     ("experts", "modules", "size", "shared"), [(3, 16, 8, 2), (1, 4, 4, 0), (4, 16, 6, 2), (5, 9, 9, 9)]
 )
@@ -40,7 +43,7 @@ def test_experts_have_their_modules_and_the_shared_ones(
     method: str, coverage: bool, experts: int, modules: int, size: int, shared: int
 ) -> None:
     options = {"modules_per_expert": size, "shared_modules": shared, "coverage": coverage, "seed": 3}
-    assign = ASSIGNMENTS[method]
+    assign = BY_SCORES[method]
     one, two = (assign(scores(experts, modules), names(experts), **options) for _ in range(2))
     assert torch.equal(one.membership_EM, two.membership_EM)
     assert one.membership_EM.sum(1).tolist() == [size] * experts
@@ -52,13 +55,11 @@ def test_experts_have_their_modules_and_the_shared_ones(
 
 def test_top_score_takes_the_common_core_and_then_each_ones_best() -> None:
     scores_PM = torch.tensor([[9.0, 1, 5, 4, 0, 0], [800, 100, 0, 0, 500, 400]], dtype=torch.float64)
-    made = ASSIGNMENTS["top_score"](
-        scores_PM, ("a", "b"), modules_per_expert=3, shared_modules=1, coverage=False, seed=0
-    )
+    made = assign_top_score(scores_PM, ("a", "b"), modules_per_expert=3, shared_modules=1, coverage=False, seed=0)
     assert made.membership_EM.long().tolist() == [[1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1]]
     torch.testing.assert_close(made.overlap_EE(), torch.tensor([[1, 1 / 3], [1 / 3, 1]], dtype=torch.float64))
     # of modules that score alike the first is taken
-    level = ASSIGNMENTS["top_score"](
+    level = assign_top_score(
         torch.ones(2, 5), ("a", "b"), modules_per_expert=2, shared_modules=1, coverage=False, seed=0
     )
     assert level.membership_EM.long().tolist() == [[1, 1, 0, 0, 0]] * 2
@@ -69,9 +70,7 @@ def test_top_score_takes_the_common_core_and_then_each_ones_best() -> None:
 def test_coverage_costs_the_least_score_there_is(seed: int, experts: int, modules: int, size: int) -> None:
     # tasks that agree leave many modules to nobody, so that there is much to mend
     scores_PM = scores(1, modules, seed) + 0.3 * scores(experts, modules, seed + 50)
-    made = ASSIGNMENTS["top_score"](
-        scores_PM, names(experts), modules_per_expert=size, shared_modules=0, coverage=True, seed=0
-    )
+    made = assign_top_score(scores_PM, names(experts), modules_per_expert=size, shared_modules=0, coverage=True, seed=0)
     value_PM = standard(scores_PM)
     best = max(
         sum(float(value_PM[e, list(chosen)].sum()) for e, chosen in enumerate(choice))
@@ -84,7 +83,7 @@ def test_coverage_costs_the_least_score_there_is(seed: int, experts: int, module
 def test_random_draws_differ_with_the_seed_and_know_no_scores() -> None:
     def draw(seed: int, scores_PM: Tensor) -> Tensor:
         options = {"modules_per_expert": 8, "shared_modules": 2, "coverage": False, "seed": seed}
-        return ASSIGNMENTS["random"](scores_PM, names(3), **options).membership_EM
+        return assign_at_random(scores_PM, names(3), **options).membership_EM
 
     assert torch.equal(draw(0, scores(3, 32)), draw(0, scores(3, 32, seed=9)))
     assert not torch.equal(draw(0, scores(3, 32)), draw(1, scores(3, 32)))
@@ -103,11 +102,11 @@ def test_random_draws_differ_with_the_seed_and_know_no_scores() -> None:
         (5, 2, True, r"cannot cover 16 modules; the least modules_per_expert that does is 7"),
     ],
 )
-@pytest.mark.parametrize("method", ASSIGNMENTS)
+@pytest.mark.parametrize("method", BY_SCORES)
 def test_numbers_that_do_not_fit_are_said(method: str, size: int, shared: int, coverage: bool, said: str) -> None:
     def assign(size: int) -> Assignment:
         options = {"modules_per_expert": size, "shared_modules": shared, "coverage": coverage, "seed": 0}
-        return ASSIGNMENTS[method](scores(3, 16), names(3), **options)
+        return BY_SCORES[method](scores(3, 16), names(3), **options)
 
     with pytest.raises(PartitionError, match=said) as error:
         assign(size)
@@ -128,7 +127,7 @@ def test_an_assignment_refuses_what_is_no_set_of_experts() -> None:
     with pytest.raises(PartitionError, match="it is a bool tensor"):
         Assignment(torch.ones(2, 2), ("a", "b"))
     with pytest.raises(PartitionError, match="one expert a task"):
-        ASSIGNMENTS["random"](scores(2, 4), ("a",), modules_per_expert=2, shared_modules=0, coverage=False, seed=0)
+        assign_at_random(scores(2, 4), ("a",), modules_per_expert=2, shared_modules=0, coverage=False, seed=0)
 
 
 @pytest.mark.parametrize("shared", [0, 3])
@@ -137,7 +136,7 @@ def test_seriation_keeps_every_used_module_once_and_never_adds_runs(
     experts: int, modules: int, size: int, shared: int
 ) -> None:
     for seed in range(4):
-        made = ASSIGNMENTS["random"](
+        made = assign_at_random(
             scores(experts, modules),
             names(experts),
             modules_per_expert=size,
@@ -158,9 +157,7 @@ def test_seriation_keeps_every_used_module_once_and_never_adds_runs(
 
 
 def test_seriation_of_many_patterns_tries_a_few_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = ASSIGNMENTS["random"](
-        scores(7, 90), names(7), modules_per_expert=40, shared_modules=0, coverage=False, seed=0
-    )
+    made = assign_at_random(scores(7, 90), names(7), modules_per_expert=40, shared_modules=0, coverage=False, seed=0)
     all_starts = sum(runs(made.membership_EM[:, seriate(made.membership_EM)]))
     monkeypatch.setattr("modmoe.conversion.modular.assignment._PATH_STEPS", 1)
     order_M = seriate(made.membership_EM)
@@ -197,10 +194,10 @@ def test_seriation_of_one_expert_is_its_modules() -> None:
 
 
 @pytest.mark.parametrize("coverage", [False, True])
-@pytest.mark.parametrize("method", ASSIGNMENTS)
+@pytest.mark.parametrize("method", BY_SCORES)
 def test_modules_are_ranked_and_the_first_are_the_expert_that_a_smaller_size_gives(method: str, coverage: bool) -> None:
     options = {"shared_modules": 2, "coverage": coverage, "seed": 3}
-    made = ASSIGNMENTS[method](scores(3, 16), names(3), modules_per_expert=7, **options)
+    made = BY_SCORES[method](scores(3, 16), names(3), modules_per_expert=7, **options)
     assert [sorted(row) for row in made.ranking_ER.tolist()] == [
         row.nonzero()[:, 0].tolist() for row in made.membership_EM
     ]
@@ -208,7 +205,7 @@ def test_modules_are_ranked_and_the_first_are_the_expert_that_a_smaller_size_giv
     assert bool((made.ranking_ER[:, :2] == made.ranking_ER[0, :2]).all()), "shared modules come first"
     if method == "top_score" and not coverage:
         for size in range(2, 7):
-            smaller = ASSIGNMENTS[method](scores(3, 16), names(3), modules_per_expert=size, **options)
+            smaller = BY_SCORES[method](scores(3, 16), names(3), modules_per_expert=size, **options)
             assert torch.equal(smaller.ranking_ER, made.ranking_ER[:, :size])
     with pytest.raises(PartitionError, match="ranked that are not those"):
         Assignment(made.membership_EM, made.expert_names, (made.ranking_ER + 1) % 16)

@@ -16,7 +16,8 @@ from modmoe.analysis.passes.by_layer import ByLayer, model_bytes
 from modmoe.analysis.passes.clusters import cluster_sequences
 from modmoe.analysis.passes.stream import Runner, Turn, WholeModel
 from modmoe.analysis.profile import profile_model
-from modmoe.analysis.run import open_runner, open_source, silent
+from modmoe.analysis.run import open_runner
+from modmoe.analysis.source import open_source
 from modmoe.analysis.text.calibration import Batch
 from modmoe.conversion.driver import convert
 from modmoe.conversion.modular.assignment import Assignment
@@ -25,7 +26,9 @@ from modmoe.errors import CalibrationError, CheckpointError, RecipeError
 from modmoe.models.families import FAMILIES
 from modmoe.models.ffn_layout import LazyFFNs
 from modmoe.models.loading import load
+from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import RouterRecipe, make_recipe
+from modmoe.runtime.progress import silent
 from modmoe.storage.checkpoint import Checkpoint
 from tests.support.tiny import NEURONS, save_dense, write_tasks
 
@@ -59,9 +62,9 @@ def save(directory: Path, model_type: str) -> Path:
 
 def both(directory: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[WholeModel, ByLayer]:
     """Return both runners of one saved model."""
-    family, checkpoint = FAMILIES[model_type], Checkpoint(directory)
-    checkpoint.add_prefix(family.layers)
-    by_layer = ByLayer(checkpoint, family, scratch=directory, dtype=dtype)
+    family, model = FAMILIES[model_type], OpenedModel(directory)
+    model.checkpoint.add_prefix(family.layers)
+    by_layer = ByLayer(model, family, scratch=directory, dtype=dtype)
     return WholeModel(load(directory, dtype=dtype), family), by_layer
 
 
@@ -200,7 +203,7 @@ def test_what_cannot_be_run_by_layer_is_said_in_one_line(tmp_path: Path) -> None
     by_layer.scratch = tmp_path / "nowhere"
     with pytest.raises(CalibrationError, match=r"nowhere: No such file.* the hidden states need"):
         profile_model(by_layer, batches())
-    checkpoint = Checkpoint(tmp_path)
-    del checkpoint._where["model.layers.1.mlp.up_proj.weight"]
+    model = OpenedModel(tmp_path)
+    del model.checkpoint._where["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.weight' is missing; .*by_layer"):
-        profile_model(ByLayer(checkpoint, FAMILIES["llama"]), batches())
+        profile_model(ByLayer(model, FAMILIES["llama"]), batches())

@@ -11,7 +11,7 @@ import torch
 
 from modmoe.analysis.passes.clusters import cluster_sequences
 from modmoe.analysis.passes.stream import WholeModel
-from modmoe.analysis.run import silent, tokenize
+from modmoe.analysis.run import tokenize
 from modmoe.analysis.text.calibration import Batch, load_task, token_batches, warn_of_length
 from modmoe.analysis.text.encoding import encode_row
 from modmoe.analysis.text.rows import TaskRows
@@ -19,6 +19,7 @@ from modmoe.cli import main
 from modmoe.errors import CalibrationError
 from modmoe.models.families import FAMILIES
 from modmoe.recipe.schema import CalibrationRecipe, Recipe
+from modmoe.runtime.progress import silent
 from tests.support.tiny import dense_model, save_dense, tokenizer, write_tasks
 
 TEXT = [{"text": "a b c"}, {"text": "d"}]

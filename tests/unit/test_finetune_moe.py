@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.conversion.upcycle import upcycle
-from modmoe.formats.native.plan import native_export
+from modmoe.conversion.driver import convert
 from modmoe.recipe.schema import make_recipe
 from modmoe.storage.checkpoint import Checkpoint
 from modmoe.training.trainer import ModularTrainer
@@ -63,7 +62,8 @@ def test_only_routers_learn(tmp_path: Path, tasks: dict[str, str], monkeypatch: 
 def test_an_upcycled_model_grows_apart(tmp_path: Path, tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save_dense(tmp_path / "dense", mlp_bias=False, initializer_range=0.05)
     recipe = make_recipe({"source": str(tmp_path / "dense"), "method": "upcycle", "assignment.num_experts": 3})
-    upcycle(recipe, str(tmp_path / "moe"), native_export=native_export, prove=lambda *_, **__: {}, write_card=print)
+    monkeypatch.setattr("modmoe.conversion.upcycle.verify", lambda *_, **__: {})
+    convert(recipe, str(tmp_path / "moe"))
     monkeypatch.setattr("modmoe.training.run.load", eager)
     run(tmp_path, tmp_path / "out", "moe", tasks, max_steps=2, learning_rate=1e-2)
     learned = changed(tmp_path / "moe", tmp_path / "out")

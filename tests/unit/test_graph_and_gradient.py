@@ -20,10 +20,11 @@ from modmoe.analysis.partitions.coactivation import coactivation_graph, cut_by_c
 from modmoe.analysis.partitions.gradient import cut_by_gradients, deal
 from modmoe.analysis.partitions.kmeans import balanced_kmeans
 from modmoe.analysis.profile import ActivationProfile, load_profiles
-from modmoe.analysis.run import count_clusters
+from modmoe.analysis.source import needs_gradients
+from modmoe.conversion.modular.settled import count_clusters
 from modmoe.errors import CalibrationError, RecipeError
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.recipe.schema import make_recipe, needs_gradients
+from modmoe.recipe.schema import make_recipe
 from tests.support.tiny import NEURONS, save_dense, write_tasks
 
 NONE = FFNWeights(None, torch.zeros(1, 1), torch.zeros(1, 1))

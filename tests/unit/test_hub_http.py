@@ -35,7 +35,15 @@ class Client:
     """The process that pushes and downloads."""
 
     def __init__(self, hub: FakeHub, home: Path) -> None:
-        unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+        unset = (
+            "HF_HUB_OFFLINE",
+            "TRANSFORMERS_OFFLINE",
+            "HF_TOKEN",
+            "HTTP_PROXY",
+            "http_proxy",
+            "ALL_PROXY",
+            "all_proxy",
+        )
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         # as the command line has it, before it imports the client

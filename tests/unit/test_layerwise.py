@@ -59,7 +59,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found["fits"]
 
     monkeypatch.setattr(layerwise, "collect_rows", collecting)
-    monkeypatch.setattr("modmoe.conversion.modular.run.fit_layers", fitting)
+    monkeypatch.setattr("modmoe.conversion.modular.steps.fit_layers", fitting)
     return found
 
 
@@ -104,7 +104,7 @@ def hidden_and_missing(recipe: Recipe, seen: dict[str, Any]) -> tuple[Tensor, Te
     rows, fit, module_F = seen["rows"][0], seen["fits"][0], seen["partitions"][0].module_F
     coefficient_NM = torch.cat(
         [
-            coefficients_TM(fit, x_D.unsqueeze(0), int(task), recipe)
+            coefficients_TM(fit, x_D.unsqueeze(0), int(task), recipe.router)
             for x_D, task in zip(rows.x_ND, rows.task_N, strict=True)
         ]
     )
@@ -117,7 +117,7 @@ def hidden_and_missing(recipe: Recipe, seen: dict[str, Any]) -> tuple[Tensor, Te
 def test_means_are_those_of_what_is_skipped(tmp_path: Path, seen: dict[str, Any], method: str) -> None:
     recipe = settings(tmp_path, "llama", **{"assignment.method": method, "assignment.refit": False})
     convert(recipe, str(tmp_path / "out"))
-    from modmoe.conversion.modular.run import settle
+    from modmoe.conversion.modular.settled import settle
 
     _, _, skipped_NM, hidden_NF = hidden_and_missing(settle(recipe), seen)
     down_DF, module_F = seen["ffns"][0].down_DF, seen["partitions"][0].module_F

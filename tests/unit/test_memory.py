@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modmoe import api
+from modmoe.analysis.source import needs_gradients
 from modmoe.errors import CheckpointError, RecipeError, is_out_of_memory
 from modmoe.recipe.schema import make_recipe
 from modmoe.runtime.memory import advice, names_what_to_lower
@@ -99,7 +100,8 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     ],
 )
 def test_advice_names_values(values: dict[str, Any], part: str, ranks: int, words: str) -> None:
-    assert advice(make_recipe(values), part, ranks) == words
+    recipe = make_recipe(values)
+    assert advice(recipe, part, ranks, needs_whole_model=needs_gradients(recipe)) == words
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from modmoe.analysis.modules import Partition
-from modmoe.conversion.modular.from_outputs import OUTPUT_ASSIGNMENTS
+from modmoe.conversion.modular.assignments import ASSIGNMENTS
+from modmoe.conversion.modular.from_outputs import assign_greedy, assign_tokens
 from modmoe.conversion.modular.module_outputs import ModuleOutputs, eliminate, module_outputs
 
 ROWS, WIDTH, MODULES, SIZE, TASKS = 60, 6, 8, 3, 3
 NAMES = ("a", "b", "c")
 FIXED: dict[str, Any] = {"num_experts": 5, "modules_per_expert": 4, "seed": 1}
+
+
+BY_OUTPUTS = {name: row.by_outputs for name, row in ASSIGNMENTS.items() if row.by_outputs is not None}
 
 
 def planted() -> tuple[Tensor, Tensor, Partition, Tensor]:
@@ -75,9 +79,9 @@ def test_elimination_sees_what_makes_up_for_what() -> None:
     assert eliminate(row_MD @ row_MD.T).tolist() == [2, 1, 0]
 
 
-@pytest.mark.parametrize("method", OUTPUT_ASSIGNMENTS)
+@pytest.mark.parametrize("method", BY_OUTPUTS)
 def test_experts_have_their_sizes_shared_modules_and_repeat(method: str) -> None:
-    made = [OUTPUT_ASSIGNMENTS[method](outputs(), NAMES, shared_modules=2, coverage=False, **FIXED) for _ in range(2)]
+    made = [BY_OUTPUTS[method](outputs(), NAMES, shared_modules=2, coverage=False, **FIXED) for _ in range(2)]
     experts, size = {"greedy": (3, 4), "tokens": (5, 4), "modules": (6, 3)}[method]
     assert made[0].membership_EM.shape == (experts, MODULES)
     assert made[0].modules_per_expert == size
@@ -88,7 +92,7 @@ def test_experts_have_their_sizes_shared_modules_and_repeat(method: str) -> None
 
 
 def test_tasks_get_the_modules_that_are_loud_in_them() -> None:
-    made = OUTPUT_ASSIGNMENTS["greedy"](outputs(), NAMES, shared_modules=0, coverage=False, **FIXED)
+    made = assign_greedy(outputs(), NAMES, shared_modules=0, coverage=False, **FIXED)
     assert made.expert_names == NAMES
     for task in range(TASKS):
         assert made.membership_EM[task, 2 * task : 2 * task + 2].all()
@@ -97,8 +101,7 @@ def test_tasks_get_the_modules_that_are_loud_in_them() -> None:
 
 def test_coverage_leaves_no_module_out() -> None:
     plain, made = (
-        OUTPUT_ASSIGNMENTS["greedy"](outputs(), NAMES, shared_modules=1, coverage=coverage, **FIXED)
-        for coverage in (False, True)
+        assign_greedy(outputs(), NAMES, shared_modules=1, coverage=coverage, **FIXED) for coverage in (False, True)
     )
     assert bool(made.used_M.all())
     assert made.modules_per_expert == plain.modules_per_expert == 4
@@ -108,8 +111,8 @@ def test_coverage_leaves_no_module_out() -> None:
 def test_experts_for_tokens_cost_less_than_one_for_all_and_than_one_a_task() -> None:
     known = outputs()
     options: dict[str, Any] = {**FIXED, "shared_modules": 0, "coverage": False}
-    tokens = OUTPUT_ASSIGNMENTS["tokens"](known, NAMES, **{**options, "num_experts": 12})
-    tasks = OUTPUT_ASSIGNMENTS["greedy"](known, NAMES, **options)
+    tokens = assign_tokens(known, NAMES, **{**options, "num_experts": 12})
+    tasks = assign_greedy(known, NAMES, **options)
     one = eliminate(known.gram_PMM().mean(0))[:4]
     one_1M = torch.zeros(1, MODULES, dtype=torch.bool).index_fill_(1, one, True)
     of_tokens, of_tasks, of_one = (

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from modmoe.analysis.run import Analysis, analyze_source, open_source, silent
-from modmoe.conversion.modular.run import make_assignments
+from modmoe.analysis.run import Analysis, analyze_source
+from modmoe.analysis.source import open_source
+from modmoe.conversion.modular.steps import make_assignments
 from modmoe.recipe.schema import Recipe, make_recipe
 from modmoe.reports import page as parts
 from modmoe.reports import plots
@@ -26,6 +27,7 @@ from modmoe.reports.report import order_modules, write_report
 from modmoe.reports.routed import most_telling
 from modmoe.reports.routed import text as coloured_text
 from modmoe.reports.script import SCRIPT
+from modmoe.runtime.progress import silent
 from tests.support.reports import NASTY, analysed, full_report, routed_view, summary
 
 VOID = {"meta", "link", "br", "hr", "img", "path", "use", "image", "rect", "circle", "line", "stop"}

@@ -14,7 +14,7 @@ from modmoe.analysis.partitions.table import Partition
 from modmoe.analysis.passes.stream import Turn, WholeModel, watched
 from modmoe.analysis.text.calibration import Batch
 from modmoe.conversion.modular import least_squares, routers
-from modmoe.conversion.modular.assignment import ASSIGNMENTS, Assignment
+from modmoe.conversion.modular.assignment import Assignment, assign_at_random
 from modmoe.conversion.modular.routers import RouterStart, route, start_routers
 from modmoe.models.families import FAMILIES
 from modmoe.models.ffn_layout import FFNWeights, LazyFFNs
@@ -44,7 +44,7 @@ def setting(model_type: str = "llama") -> tuple[Any, ...]:
     partitions = [Partition(torch.randperm(NEURONS, generator=generator) % MODULES, MODULES) for _ in range(2)]
     scores_PM = torch.zeros(EXPERTS, MODULES)
     assignments = [
-        ASSIGNMENTS["random"](
+        assign_at_random(
             scores_PM, ("t0", "t1", "t2"), modules_per_expert=4, shared_modules=1, coverage=False, seed=layer
         )
         for layer in range(2)

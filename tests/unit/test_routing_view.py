@@ -10,7 +10,7 @@ import torch
 
 from modmoe.analysis.passes.stream import WholeModel
 from modmoe.analysis.routing import RoutingView, dense_output, split_text, view_routing
-from modmoe.analysis.run import open_source
+from modmoe.analysis.source import open_source
 from modmoe.conversion.driver import convert
 from modmoe.modeling.modular_ffn import ModularFFN
 from modmoe.models.families import family_of

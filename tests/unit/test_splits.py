@@ -18,7 +18,8 @@ from modmoe.analysis.modules import Partition
 from modmoe.conversion.driver import convert
 from modmoe.conversion.modular.layerwise import Rows
 from modmoe.conversion.modular.routers import route
-from modmoe.conversion.modular.run import settle
+from modmoe.conversion.modular.settled import settle
+from modmoe.conversion.modular.steps import fit_options
 from modmoe.conversion.options import check_recipe
 from modmoe.conversion.splits.cmoe import MARKED, carve, markers
 from modmoe.conversion.splits.moefication import active_mass, begin_mlp, train_mlp
@@ -93,7 +94,7 @@ def test_cmoe_shares_what_is_always_on_and_finds_the_experts_of_each_row() -> No
     hidden_NF[:, always] = 100.0
     rows = Rows(rows.x_ND, hidden_NF, rows.task_N, rows.sequence_N)
     recipe = recipe_of("cmoe", **{"assignment.active_fraction": 0.5})
-    fit = SPLITS["cmoe"].split(rows, Partition(torch.arange(NEURONS) % MODULES, MODULES), weights, recipe)
+    fit = SPLITS["cmoe"].split(rows, Partition(torch.arange(NEURONS) % MODULES, MODULES), weights, fit_options(recipe))
     assert fit.partition is not None
     assert fit.assignment.shared_M.nonzero().flatten().tolist() == [0]
     assert set(fit.partition.module_F[always].tolist()) == {0}

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from modmoe.analysis.modules import Partition, check_num_modules
-from modmoe.analysis.profile import ActivationProfile
+from modmoe.analysis.profile import ActivationProfile, with_gradients
 from modmoe.analysis.score import neuron_scores
 from modmoe.models.ffn_layout import FFNWeights
 
 
+@with_gradients
 def cut_by_gradients(profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
     """Return modules of the neurons that matter most to the tasks, each in turn; nothing is drawn.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Lock
@@ -17,8 +16,9 @@ from modmoe.analysis.partitions.gradient import cut_by_gradients
 from modmoe.analysis.partitions.kmeans import cut_by_keys
 from modmoe.analysis.partitions.random import cut_at_random, cut_in_order
 from modmoe.analysis.profile import ActivationProfile
-from modmoe.errors import RecipeError, did_you_mean, reason_of
+from modmoe.errors import RecipeError, did_you_mean
 from modmoe.models.ffn_layout import FFNWeights
+from modmoe.recipe.dotted import object_at
 
 __all__ = [
     "PARTITIONERS",
@@ -33,7 +33,10 @@ __all__ = [
 
 
 class Partitioner(Protocol):
-    """A way of cutting the neurons of one layer into modules."""
+    """A way of cutting the neurons of one layer into modules.
+
+    One that reads the profile's gradients is marked by ``modmoe.analysis.profile.with_gradients``.
+    """
 
     def __call__(self, profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
         """Return the partition; the same for the same arguments."""
@@ -60,17 +63,10 @@ def find_partitioner(name: str) -> Partitioner:
     if name in PARTITIONERS:
         return PARTITIONERS[name]
     if "." not in name:
-        raise RecipeError(f"partition.method: no method '{name}'.{did_you_mean(name, PARTITIONERS)}")
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # the file is a program, and may end as it likes
-        reason = reason_of(error)
-        raise RecipeError(
-            f"partition.method: '{name}' cannot be imported: {reason}; name package.file.function."
-        ) from error
+        raise RecipeError("partition.method", f"no method '{name}'", did_you_mean(name, PARTITIONERS))
+    found = object_at(name, "partition.method")
     if not callable(found):
-        raise RecipeError(f"partition.method: '{name}' is a {type(found).__name__}, not a function.")
+        raise RecipeError("partition.method", f"'{name}' is a {type(found).__name__}, not a function")
     partitioner: Partitioner = found
     return partitioner
 

@@ -37,32 +37,29 @@ from modmoe.analysis.passes.stream import (
 from modmoe.analysis.text.calibration import Batch
 from modmoe.errors import CalibrationError, CheckpointError
 from modmoe.models.families import Family
-from modmoe.models.loading import causal_lm_classes, load, read_settings
+from modmoe.models.loading import causal_lm_classes, read_settings
+from modmoe.models.opened import OpenedModel
 from modmoe.storage.checkpoint import Checkpoint
 
 __all__ = ["ByLayer", "fits", "free_bytes", "leaves_half", "model_bytes", "open_model"]
 
 
 def open_model(
-    checkpoint: Checkpoint,
+    model: OpenedModel,
     family: Family,
     *,
     by_layer: bool,
     device: torch.device,
     scratch: Path | None = None,
     dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
 ) -> WholeModel | ByLayer:
-    """Return what runs a checkpoint's model, dense or tied; ``dtype`` None keeps the checkpoint's.
+    """Return what runs a model, dense or tied; ``dtype`` None keeps the checkpoint's.
 
-    Raises CheckpointError where the checkpoint cannot be loaded, or not so.
+    Raises CheckpointError where the checkpoint cannot be loaded, or not in this way.
     """
     if by_layer:
-        return ByLayer(
-            checkpoint, family, device=device, scratch=scratch, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model = load(checkpoint.directory, trust_remote_code=trust_remote_code, dtype=dtype, device=device.type)
-    return WholeModel(model, family)
+        return ByLayer(model, family, device=device, scratch=scratch, dtype=dtype)
+    return WholeModel(model.load(dtype=dtype, device=device.type), family)
 
 
 def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> int:
@@ -99,32 +96,31 @@ class ByLayer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model: OpenedModel,
         family: Family,
         *,
         device: torch.device | None = None,
         scratch: Path | None = None,
         dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         """Build the model without weights, but for what lies outside its decoder layers.
 
         Args:
-            checkpoint: dense or tied.
+            model: dense or tied; its own code runs only where it is trusted.
             family: its row.
             device: where it runs; None is the CPU.
             scratch: the directory whose disk holds the hidden states; None is the system's for temporary files.
             dtype: the weights' type; None is the checkpoint's.
-            trust_remote_code: execute the checkpoint's own code.
 
         Raises:
             CheckpointError: a tensor that the model needs is missing.
         """
         from accelerate import init_empty_weights
 
+        checkpoint = model.checkpoint
         self.checkpoint, self.family, self.scratch = checkpoint, family, scratch
         self.device = device or torch.device("cpu")
-        kind, config_kind = causal_lm_classes(checkpoint.directory, trust_remote_code=trust_remote_code)
+        kind, config_kind = causal_lm_classes(model.directory, trust_remote_code=model.trust_remote_code)
         config = read_settings(checkpoint.directory, config_kind)
         with init_empty_weights(include_buffers=False):
             self.model = kind._from_config(config, dtype=dtype or _model_dtype(checkpoint))
@@ -155,8 +151,9 @@ class ByLayer:
         """See ``Runner``. Gradients need the whole model: CalibrationError."""
         if gradients:
             raise CalibrationError(
-                "calibration.by_layer: gradients need the whole model; choose another score than taylor, such as "
-                "wanda, or set it to false."
+                "calibration.by_layer",
+                "gradients need the whole model",
+                "choose another score than taylor, such as wanda, or set it to false",
             )
         self._walk(my_turns(batches), on_input, on_hidden, on_output, on_layer, layers, progress)
 
@@ -225,7 +222,9 @@ class ByLayer:
             hidden_BTD: Tensor = reached.args[0]
             return hidden_BTD
         raise CheckpointError(
-            f"{self.checkpoint.directory}: its forward pass goes past layer {layer}; set calibration.by_layer to false."
+            str(self.checkpoint.directory),
+            f"its forward pass goes past layer {layer}",
+            "set calibration.by_layer to false",
         )
 
     def _stand(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -259,8 +258,9 @@ class ByLayer:
         if not like.is_meta:  # a buffer that the checkpoint lacks is as the model makes it
             return like
         raise CheckpointError(
-            f"{self.checkpoint.directory}: '{names[0]}' is missing; if transformers renames it when it loads, set "
-            "calibration.by_layer to false."
+            str(self.checkpoint.directory),
+            f"'{names[0]}' is missing",
+            "if transformers renames it when it loads, set calibration.by_layer to false",
         )
 
     @contextlib.contextmanager
@@ -288,8 +288,10 @@ class ByLayer:
                 flat = torch.from_file(file.name, shared=True, size=sum(numbers), dtype=like_BTD.dtype)
         except OSError as error:
             raise CalibrationError(
-                f"{home}: {error.strerror}; the hidden states need {size_bytes / 1e9:.1f} GB there: make room, or "
-                "lower calibration.tokens."
+                str(home),
+                f"{error.strerror}",
+                f"the hidden states need {size_bytes / 1000000000.0:.1f} GB there: make room, or "
+                "lower calibration.tokens",
             ) from error
         parts = torch.split(flat, numbers)
         return [part.view(*turn.batch.input_ids_BT.shape, width) for part, turn in zip(parts, turns, strict=True)]

@@ -72,8 +72,8 @@ class Assignment:
         return membership_EM @ membership_EM.T / self.modules_per_expert
 
 
-class Assigner(Protocol):
-    """A way of choosing each expert's modules."""
+class ScoreAssigner(Protocol):
+    """A way of choosing each expert's modules by the modules' scores."""
 
     def __call__(
         self,
@@ -166,10 +166,6 @@ def assign_at_random(
         best_ER[expert, shared_modules:] = torch.cat([dealt, drawn])
         membership_EM[expert, best_ER[expert]] = True
     return Assignment(membership_EM, expert_names, best_ER)
-
-
-ASSIGNMENTS: dict[str, Assigner] = {"top_score": assign_top_score, "random": assign_at_random}
-"""Name to the way of choosing each expert's modules."""
 
 
 _PATH_STEPS = 1 << 26
@@ -274,15 +270,17 @@ def _check_numbers(
         raise PartitionError("scores are not all finite; run the model in bfloat16 or float32.")
     if not 1 <= modules_per_expert <= modules:
         raise PartitionError(
-            f"assignment.modules_per_expert: {modules_per_expert} is not between 1 and num_modules, {modules}."
+            "assignment.modules_per_expert", f"{modules_per_expert} is not between 1 and num_modules, {modules}"
         )
     if not 0 <= shared_modules <= modules_per_expert:
         raise PartitionError(
-            f"assignment.shared_modules: {shared_modules} is not between 0 and the {modules_per_expert} of an expert."
+            "assignment.shared_modules", f"{shared_modules} is not between 0 and the {modules_per_expert} of an expert"
         )
     least = shared_modules + -(-(modules - shared_modules) // tasks)
     if coverage and modules_per_expert < least:
         raise PartitionError(
-            f"assignment.coverage: {tasks} experts of {modules_per_expert} modules, {shared_modules} of them shared, "
-            f"cannot cover {modules} modules; the least modules_per_expert that does is {least}."
+            "assignment.coverage",
+            f"{tasks} experts of {modules_per_expert} modules, {shared_modules} of them shared, "
+            f"cannot cover {modules} modules",
+            f"the least modules_per_expert that does is {least}",
         )

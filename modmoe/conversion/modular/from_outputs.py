@@ -117,14 +117,6 @@ def assign_modules(
     return single_modules(eliminate(outputs.gram_PMM().mean(0)), shared_modules)
 
 
-OUTPUT_ASSIGNMENTS: dict[str, OutputAssigner] = {
-    "greedy": assign_greedy,
-    "tokens": assign_tokens,
-    "modules": assign_modules,
-}
-"""Name to the way of choosing experts by what modules put out, layer after layer."""
-
-
 def single_modules(order_M: Tensor, shared_modules: int) -> Assignment:
     """Return an expert for each module but the first of ``order_M``, which all of them have."""
     shared, own = order_M[:shared_modules], order_M[shared_modules:].sort().values

@@ -23,7 +23,7 @@ from modmoe.conversion.modular.assignment import Assignment
 from modmoe.conversion.modular.module_outputs import ModuleOutputs, module_outputs
 from modmoe.conversion.modular.routers import RouterStart, fit_router, judge, route
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.recipe.schema import Recipe
+from modmoe.recipe.schema import RouterRecipe
 from modmoe.runtime import ranks
 
 KEPT_ROWS = 4096
@@ -60,10 +60,23 @@ class Rows:
     """int64; the sequence of each, numbered over all batches."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """How layers are fitted: the parts of a settled recipe that say so."""
+
+    router: RouterRecipe
+    shared_modules: int
+    """Modules that every expert has."""
+    refit: bool
+    """Whether ``down`` is fitted anew."""
+    seed: int
+    """Decides which rows are kept, and how a router of two layers starts."""
+
+
 Assign = Callable[[int, ModuleOutputs], Assignment]
 """Called with a layer and its module outputs."""
-SplitLayer = Callable[[Rows, Partition, FFNWeights, Recipe], LayerFit]
-"""Called with a layer's rows, its modules, its weights and the settled recipe; what it returns has no repairs yet."""
+SplitLayer = Callable[[Rows, Partition, FFNWeights, FitOptions], LayerFit]
+"""Called with a layer's rows, its modules, its weights and the options; what it returns has no repairs yet."""
 
 
 def fit_layers(
@@ -72,7 +85,7 @@ def fit_layers(
     ffns: Sequence[FFNWeights],
     partitions: Sequence[Partition],
     assign: Assign,
-    recipe: Recipe,
+    options: FitOptions,
     progress: Callable[[int], None] | None = None,
     split: SplitLayer | None = None,
 ) -> list[LayerFit]:
@@ -84,15 +97,15 @@ def fit_layers(
         ffns: the layers' weights.
         partitions: one a layer.
         assign: chooses experts.
-        recipe: its router and assignment.
+        options: how they are fitted.
         progress: called with tokens that are done; they add up to all tokens.
-        split: makes experts and router, and modules if it likes, instead of ``assign`` and the recipe's router start.
+        split: makes experts and router, and modules if it likes, instead of ``assign`` and a fitted router.
 
     Raises:
         CalibrationError: a task has no tokens.
     """
     count_tokens(batches)
-    repairs = recipe.router.compensation or recipe.assignment.refit
+    repairs = options.router.compensation or options.refit
     passes, done, reported = len(partitions) * (3 if repairs else 2), 0, 0
 
     def count(tokens: int) -> None:
@@ -105,19 +118,19 @@ def fit_layers(
     fitted: list[LayerFit] = []
     for stage in runner.stages(batches):
         weights, partition = ffns[stage.layer], partitions[stage.layer]
-        rows = collect_rows(stage, recipe.seed, count)
-        fit = None if split is None else split(rows, partition, weights, recipe)
+        rows = collect_rows(stage, options.seed, count)
+        fit = None if split is None else split(rows, partition, weights, options)
         partition = partition if fit is None or fit.partition is None else fit.partition
-        is_centred = recipe.router.compensation
+        is_centred = options.router.compensation
         outputs = module_outputs(rows.hidden_NF, weights.down_DF, partition, rows.task_N, is_centred=is_centred)
         if fit is None:
-            fit = _choose(stage.layer, rows, outputs, weights, partition, assign, recipe)
+            fit = _choose(stage.layer, rows, outputs, weights, partition, assign, options)
         else:
-            args = (rows.x_ND, outputs, rows.sequence_N, fit.assignment, recipe.router.top_k, recipe.seed)
+            args = (rows.x_ND, outputs, rows.sequence_N, fit.assignment, options.router.top_k, options.seed)
             fit = replace(fit, start=judge(fit.start, *args))
         if repairs:
-            fit = _repair(stage, fit, weights, partition, recipe, count)
-        _go_on(stage, fit, weights, partition, recipe, count)
+            fit = _repair(stage, fit, weights, partition, options, count)
+        _go_on(stage, fit, weights, partition, options, count)
         fitted.append(fit)
     return fitted
 
@@ -129,12 +142,14 @@ def _choose(
     weights: FFNWeights,
     partition: Partition,
     assign: Assign,
-    recipe: Recipe,
+    options: FitOptions,
 ) -> LayerFit:
     assignment = assign(layer, outputs)
-    if recipe.router.routing == "task":
+    if options.router.routing == "task":
         return LayerFit(assignment, RouterStart())
-    start = fit_router(rows.x_ND, outputs, rows.sequence_N, weights, assignment, partition, recipe.router, recipe.seed)
+    start = fit_router(
+        rows.x_ND, outputs, rows.sequence_N, weights, assignment, partition, options.router, options.seed
+    )
     return LayerFit(assignment, start)
 
 
@@ -171,13 +186,13 @@ def collect_rows(stage: Stage, seed: int, progress: Callable[[int], None] | None
     return Rows(**{name: ranks.add_up(tensor) for name, tensor in kept.items()})
 
 
-def coefficients_TM(fit: LayerFit, x_TD: Tensor, task: int, recipe: Recipe) -> Tensor:
+def coefficients_TM(fit: LayerFit, x_TD: Tensor, task: int, router: RouterRecipe) -> Tensor:
     """Return what multiplies each module's output for FFN inputs, float32; 0 where it is skipped."""
     member_EM = fit.assignment.membership_EM.float()
-    if recipe.router.routing == "task":
+    if router.routing == "task":
         return member_EM[task].expand(len(x_TD), -1)
-    weights_TK, ids_TK = route(fit.start, x_TD.cpu()).softmax(1).topk(recipe.router.top_k, dim=1)
-    if recipe.router.combine == "sum" and recipe.router.top_k > 1:
+    weights_TK, ids_TK = route(fit.start, x_TD.cpu()).softmax(1).topk(router.top_k, dim=1)
+    if router.combine == "sum" and router.top_k > 1:
         weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
         return torch.einsum("tk,tkm->tm", weights_TK, member_EM[ids_TK])
     return member_EM[ids_TK].amax(1)
@@ -198,7 +213,7 @@ def _repair(
     fit: LayerFit,
     weights: FFNWeights,
     partition: Partition,
-    recipe: Recipe,
+    options: FitOptions,
     progress: Callable[[int], None],
 ) -> LayerFit:
     """Return the fit with the means of what the router skips, and ``down`` by least squares, over all tokens."""
@@ -206,8 +221,8 @@ def _repair(
     steps_GF = ranks.in_steps(torch.zeros(neurons))
     skips_M = torch.zeros(modules, dtype=torch.float64)
     # with the indicators of skipped modules as further columns, so that means and down are fitted together
-    width = neurons + (modules if recipe.router.compensation else 0)
-    gram_FF = torch.zeros(width, width, dtype=torch.float64) if recipe.assignment.refit else None
+    width = neurons + (modules if options.router.compensation else 0)
+    gram_FF = torch.zeros(width, width, dtype=torch.float64) if options.refit else None
     cross_FD = torch.zeros(width, len(weights.down_DF), dtype=torch.float64) if gram_FF is not None else None
     down_DF = weights.down_DF.detach().float()
     inputs: list[Tensor] = []
@@ -217,7 +232,7 @@ def _repair(
 
     def watch_hidden(_: int, hidden: Tensor, turn: Turn) -> None:
         hidden_TF = turn.real_rows(hidden.detach()).float().cpu()
-        coefficient_TM = coefficients_TM(fit, inputs.pop(), turn.task, recipe)
+        coefficient_TM = coefficients_TM(fit, inputs.pop(), turn.task, options.router)
         skipped_TM = (coefficient_TM == 0).double()
         skips_M.add_(skipped_TM.sum(0))
         skipped_TF = skipped_TM[:, partition.module_F]
@@ -226,14 +241,14 @@ def _repair(
             kept_TF = hidden_TF * coefficient_TM[:, partition.module_F]
             # what is fitted is what is missing, so that the ridge holds down to what it was
             missing_TD = (hidden_TF - kept_TF) @ down_DF.T
-            if recipe.router.compensation:
+            if options.router.compensation:
                 kept_TF = torch.cat([kept_TF, skipped_TM.float()], 1)
             gram_FF.add_(kept_TF.T @ kept_TF)
             cross_FD.add_(kept_TF.T @ missing_TD)
 
     stage.run(on_input=watch_input, on_hidden=watch_hidden, progress=progress)
     means_MD = None
-    if recipe.router.compensation:
+    if options.router.compensation:
         mean_F = ranks.from_steps(ranks.add_up(steps_GF)) / ranks.add_up(skips_M).clamp_min(1)[partition.module_F]
         parts_DMm = (down_DF.double() * mean_F)[:, partition.permutation_F].reshape(len(down_DF), modules, -1)
         means_MD = parts_DMm.sum(2).T
@@ -256,7 +271,7 @@ def _go_on(
     fit: LayerFit,
     weights: FFNWeights,
     partition: Partition,
-    recipe: Recipe,
+    options: FitOptions,
     progress: Callable[[int], None],
 ) -> None:
     """Run the layer as it is converted."""
@@ -268,7 +283,9 @@ def _go_on(
 
     def watch_down(_: int, hidden: Tensor, turn: Turn) -> Tensor:
         x = inputs.pop()
-        coefficient_TM = coefficients_TM(fit, x.reshape(-1, x.shape[-1]).float(), turn.task, recipe).to(hidden.device)
+        coefficient_TM = coefficients_TM(fit, x.reshape(-1, x.shape[-1]).float(), turn.task, options.router).to(
+            hidden.device
+        )
         scaled_TF = hidden.reshape(-1, hidden.shape[-1]) * coefficient_TM[:, partition.module_F].to(hidden.dtype)
         y_TD = scaled_TF @ down_DF.to(hidden).T
         if weights.down_bias_D is not None:

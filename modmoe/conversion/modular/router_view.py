@@ -14,8 +14,8 @@ from modmoe.analysis.passes.by_layer import fits as has_room
 from modmoe.analysis.routing import RoutingView, view_routing
 from modmoe.analysis.run import Analysis
 from modmoe.models.loading import pick_device
+from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import Recipe
-from modmoe.storage.checkpoint import Checkpoint
 
 
 def view_converted(
@@ -26,16 +26,10 @@ def view_converted(
     Where a task's file has no such text, it is the text of calibration; the view says so. The model runs as the dense
     one did, whole or layer by layer; ``scratch`` is where its hidden states lie in the latter case.
     """
-    checkpoint, device = Checkpoint(directory), pick_device(recipe.device)
-    by_layer = isinstance(analysis.runner, ByLayer) or not has_room(model_bytes(checkpoint), device)
-    runner = open_model(
-        checkpoint,
-        analysis.source.family,
-        by_layer=by_layer,
-        device=device,
-        scratch=scratch,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    model = OpenedModel(directory, trust_remote_code=recipe.trust_remote_code)
+    device = pick_device(recipe.device)
+    by_layer = isinstance(analysis.runner, ByLayer) or not has_room(model_bytes(model.checkpoint), device)
+    runner = open_model(model, analysis.source.family, by_layer=by_layer, device=device, scratch=scratch)
     texts = analysis.source.texts
     rows = {name: sum(len(batch.input_ids_BT) for batch in batches) for name, batches in analysis.batches.items()}
     # clusters of one task's sequences are that task's

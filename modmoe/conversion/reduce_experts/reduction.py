@@ -98,7 +98,7 @@ def keep(experts: Sequence[int]) -> Choice:
 def check_score(score: str) -> None:
     """Raise RecipeError where there is no such score."""
     if score not in SCORES:
-        raise RecipeError(f"experts.score: no score '{score}'.{did_you_mean(score, SCORES)}")
+        raise RecipeError("experts.score", f"no score '{score}'", did_you_mean(score, SCORES))
 
 
 def _merge(stats: ExpertStats, num_experts: int) -> Choice:
@@ -186,8 +186,9 @@ def read_blocks(checkpoint: Checkpoint) -> list[MoEBlock]:
     where, model_type = checkpoint.directory, checkpoint.config.get("model_type")
     if is_tied_type(model_type):
         raise CheckpointError(
-            f"{where}: its experts share modules, none can be taken out alone; convert the dense model with fewer, or "
-            "name a native export of it."
+            str(where),
+            "its experts share modules, none can be taken out alone",
+            "convert the dense model with fewer, or name a native export of it",
         )
     names: dict[tuple[int, str], list[str]] = {}
     for name in checkpoint:
@@ -198,14 +199,16 @@ def read_blocks(checkpoint: Checkpoint) -> list[MoEBlock]:
     ]
     if not blocks:
         raise CheckpointError(
-            f"{where}: has no experts ('{model_type}' is dense); name a mixture of experts ({', '.join(FAMILIES)})."
+            str(where),
+            f"has no experts ('{model_type}' is dense)",
+            f"name a mixture of experts ({', '.join(FAMILIES)})",
         )
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"{where}: the experts of '{model_type}' cannot be reduced here, those of {', '.join(FAMILIES)} can."
+            str(where), f"the experts of '{model_type}' cannot be reduced here, those of {', '.join(FAMILIES)} can"
         )
     if len({block.num_experts for block in blocks}) != 1:
-        raise CheckpointError(f"{where}: its layers differ in their number of experts; all must have one number.")
+        raise CheckpointError(str(where), "its layers differ in their number of experts", "all must have one number")
     return blocks
 
 
@@ -222,8 +225,10 @@ def _block(checkpoint: Checkpoint, layer: int, prefix: str, rest: Sequence[str])
         counts.add(max(int(found[1]) for found in own) + 1)
     if len(counts) != 1 or len(own) != len(parts) * (min(counts) if own else 0):
         raise CheckpointError(
-            f"{checkpoint.directory}: '{prefix}experts' and its router differ in their number of experts "
-            f"({', '.join(map(str, sorted(counts)))}); the checkpoint is not whole."
+            str(checkpoint.directory),
+            f"'{prefix}experts' and its router differ in their number of experts ("
+            f"{', '.join(map(str, sorted(counts)))})",
+            "the checkpoint is not whole",
         )
     return MoEBlock(layer, prefix, counts.pop(), parts, stacked)
 
@@ -293,14 +298,9 @@ def reduce_model(model: Any, choices: Mapping[int, Choice], top_k: int) -> Any:
     return model
 
 
-def check_number(wanted: ExpertsRecipe, num_experts: int, model_type: str) -> int:
-    """Return how many of ``num_experts`` experts are to be left; RecipeError where that cannot be."""
-    if wanted.num_experts is None:
-        raise RecipeError(f"experts.num_experts: is not given; say how many of the {num_experts} are to be left.")
-    if wanted.num_experts > num_experts:
-        raise RecipeError(
-            f"experts.num_experts: {wanted.num_experts} is more than the {num_experts} experts there are."
-        )
-    if wanted.num_experts < FAMILIES[model_type]:
-        raise RecipeError(f"experts.num_experts: {model_type} needs {FAMILIES[model_type]} at least.")
-    return wanted.num_experts
+def check_number(left: int, num_experts: int, model_type: str) -> None:
+    """Raise RecipeError where ``left`` of ``num_experts`` experts cannot be what is left."""
+    if left > num_experts:
+        raise RecipeError("experts.num_experts", f"{left} is more than the {num_experts} experts there are")
+    if left < FAMILIES[model_type]:
+        raise RecipeError("experts.num_experts", f"{model_type} needs {FAMILIES[model_type]} at least")

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from modmoe.analysis.balance import assign_balanced
 from modmoe.analysis.modules import Partition
 from modmoe.conversion.modular.from_outputs import single_modules
-from modmoe.conversion.modular.layerwise import LayerFit, Rows
+from modmoe.conversion.modular.layerwise import FitOptions, LayerFit, Rows
 from modmoe.conversion.modular.least_squares import fit_values, hold_out
 from modmoe.conversion.modular.routers import RouterStart
 from modmoe.models.ffn_layout import FFNWeights
@@ -92,13 +92,13 @@ def _distances(marker_NI: Tensor, centre_NE: Tensor) -> Tensor:
     return marker_NI.sum(0).unsqueeze(1) + centre_NE.sum(0) - 2 * marker_NI.T @ centre_NE
 
 
-def split_cmoe(rows: Rows, partition: Partition, weights: FFNWeights, recipe: Recipe) -> LayerFit:
+def split_cmoe(rows: Rows, partition: Partition, weights: FFNWeights, options: FitOptions) -> LayerFit:
     """Return the layer carved anew; the partition that it had is not used. See ``SplitLayer``."""
-    shared = recipe.assignment.shared_modules
+    shared = options.shared_modules
     partition, neuron_E = carve(rows.hidden_NF, partition.num_modules, shared)
-    fit_N, _ = hold_out(rows.sequence_N, recipe.seed)
+    fit_N, _ = hold_out(rows.sequence_N, options.seed)
     value_NE = rows.hidden_NF[:, neuron_E].abs()
-    fitted = fit_values(rows.x_ND[fit_N], value_NE[fit_N], recipe.router.kind, recipe.seed)
+    fitted = fit_values(rows.x_ND[fit_N], value_NE[fit_N], options.router.kind, options.seed)
     return LayerFit(
         single_modules(torch.arange(partition.num_modules), shared), RouterStart.of(fitted), partition=partition
     )

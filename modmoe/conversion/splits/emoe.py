@@ -26,10 +26,9 @@ from torch import Tensor
 
 from modmoe.analysis.modules import Partition
 from modmoe.conversion.modular.from_outputs import single_modules
-from modmoe.conversion.modular.layerwise import LayerFit, Rows
+from modmoe.conversion.modular.layerwise import FitOptions, LayerFit, Rows
 from modmoe.conversion.modular.routers import RouterStart
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.recipe.schema import Recipe
 
 
 def mean_keys(key_FD: Tensor, partition: Partition) -> Tensor:
@@ -39,7 +38,7 @@ def mean_keys(key_FD: Tensor, partition: Partition) -> Tensor:
     return mean_ED / partition.module_size
 
 
-def split_emoe(rows: Rows, partition: Partition, weights: FFNWeights, recipe: Recipe) -> LayerFit:
+def split_emoe(rows: Rows, partition: Partition, weights: FFNWeights, options: FitOptions) -> LayerFit:
     """Return an expert for each module of the partition, chosen by its mean key. See ``SplitLayer``."""
     start = RouterStart(weight_ED=mean_keys(weights.key_FD, partition))
     return LayerFit(single_modules(torch.arange(partition.num_modules), 0), start)

@@ -32,23 +32,22 @@ from torch import Tensor
 
 from modmoe.analysis.modules import Partition
 from modmoe.conversion.modular.from_outputs import single_modules
-from modmoe.conversion.modular.layerwise import LayerFit, Rows
+from modmoe.conversion.modular.layerwise import FitOptions, LayerFit, Rows
 from modmoe.conversion.modular.routers import RouterStart
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.recipe.schema import Recipe
 
 
-def split_llama_moe(rows: Rows, partition: Partition, weights: FFNWeights, recipe: Recipe) -> LayerFit:
+def split_llama_moe(rows: Rows, partition: Partition, weights: FFNWeights, options: FitOptions) -> LayerFit:
     """Return an expert for each module of the partition, a router drawn at random and ``down`` times E / k.
 
     See ``SplitLayer``.
     """
     experts = partition.num_modules
-    draw = torch.Generator().manual_seed(recipe.seed)
+    draw = torch.Generator().manual_seed(options.seed)
 
     def linear(outputs: int, inputs: int) -> Tensor:
         return torch.empty(outputs, inputs).uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
 
     start = RouterStart(hidden_HD=linear(experts, rows.x_ND.shape[1]), output_EH=linear(experts, experts))
-    down_DF = weights.down_DF.detach().float().cpu() * (experts / recipe.router.top_k)
+    down_DF = weights.down_DF.detach().float().cpu() * (experts / options.router.top_k)
     return LayerFit(single_modules(torch.arange(experts), 0), start, down_DF)

@@ -34,26 +34,25 @@ from torch.nn import functional as F
 from modmoe.analysis.modules import Partition
 from modmoe.analysis.partitions.kmeans import key_features
 from modmoe.conversion.modular.from_outputs import single_modules
-from modmoe.conversion.modular.layerwise import LayerFit, Rows
+from modmoe.conversion.modular.layerwise import FitOptions, LayerFit, Rows
 from modmoe.conversion.modular.least_squares import hold_out
 from modmoe.conversion.modular.routers import RouterStart, route
 from modmoe.conversion.splits.emoe import mean_keys
 from modmoe.models.ffn_layout import FFNWeights
-from modmoe.recipe.schema import Recipe
 
 _EPOCHS = 30
 _BATCH = 512
 _LEARNING_RATE = 1e-2
 
 
-def split_moefication(rows: Rows, partition: Partition, weights: FFNWeights, recipe: Recipe) -> LayerFit:
+def split_moefication(rows: Rows, partition: Partition, weights: FFNWeights, options: FitOptions) -> LayerFit:
     """Return an expert for each module of the partition and one of the two routers. See ``SplitLayer``."""
     centre_ED = mean_keys(key_features(weights), partition)
     start = RouterStart(weight_ED=centre_ED)
-    if recipe.router.kind == "mlp":
-        fit_N, _ = hold_out(rows.sequence_N, recipe.seed)
+    if options.router.kind == "mlp":
+        fit_N, _ = hold_out(rows.sequence_N, options.seed)
         mass_NE = active_mass(rows.hidden_NF[fit_N], partition)
-        start = train_mlp(rows.x_ND[fit_N], mass_NE, centre_ED, recipe.router.top_k, recipe.seed)
+        start = train_mlp(rows.x_ND[fit_N], mass_NE, centre_ED, options.router.top_k, options.seed)
     return LayerFit(single_modules(torch.arange(partition.num_modules), 0), start)
 
 

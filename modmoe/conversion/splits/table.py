@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from modmoe.conversion.modular.assignments import find_assignment
 from modmoe.conversion.modular.layerwise import SplitLayer
 from modmoe.conversion.splits.cmoe import share_half, split_cmoe
 from modmoe.conversion.splits.emoe import split_emoe
 from modmoe.conversion.splits.llama_moe import split_llama_moe
 from modmoe.conversion.splits.moefication import split_moefication
 from modmoe.errors import RecipeError
-from modmoe.recipe.schema import Recipe
+from modmoe.recipe.schema import AssignmentRecipe, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,29 +50,31 @@ SPLITS: dict[str, Split] = {
 
 
 def settle_split(recipe: Recipe) -> Recipe:
-    """Return the recipe of a published way with all that follows from it.
+    """Return the recipe of a published way with all that follows from it, and any other as it is.
 
     Raises RecipeError for what the way does not have.
     """
-    name, split = recipe.method, SPLITS[recipe.method]
+    name, split = recipe.method, SPLITS.get(recipe.method)
+    if split is None:
+        return recipe
     wanted, router = recipe.assignment, recipe.router
-    if wanted.method not in ("top_score", "modules"):
-        raise RecipeError(f"assignment.method: {name} makes every module an expert; leave out '{wanted.method}'.")
+    if wanted.method != AssignmentRecipe().method and not find_assignment(wanted.method).is_by_module:
+        raise RecipeError("assignment.method", f"{name} makes every module an expert", f"leave out '{wanted.method}'")
     if wanted.num_experts is not None:
-        raise RecipeError(f"assignment.num_experts: {name} has an expert for each module; give num_modules instead.")
+        raise RecipeError("assignment.num_experts", f"{name} has an expert for each module", "give num_modules instead")
     if router.routing != "token":
-        raise RecipeError(f"router.routing: {name} chooses by token; leave out '{router.routing}'.")
+        raise RecipeError("router.routing", f"{name} chooses by token", f"leave out '{router.routing}'")
     if router.kind not in split.kinds:
-        raise RecipeError(f"router.kind: the router of {name} is {split.kinds[0]}, not {router.kind}.")
+        raise RecipeError("router.kind", f"the router of {name} is {split.kinds[0]}, not {router.kind}")
     if router.combine != split.combine:
-        raise RecipeError(f"router.combine: {name} adds experts up by {split.combine}, not {router.combine}.")
+        raise RecipeError("router.combine", f"{name} adds experts up by {split.combine}, not {router.combine}")
     if wanted.shared_modules and not split.has_shared:
-        raise RecipeError(f"assignment.shared_modules: {name} shares none; set it to 0.")
+        raise RecipeError("assignment.shared_modules", f"{name} shares none", "set it to 0")
     if (router.compensation or wanted.refit) and not split.has_repairs:
-        raise RecipeError(f"router.compensation, assignment.refit: {name} has neither; set both to false.")
+        raise RecipeError("router.compensation, assignment.refit", f"{name} has neither", "set both to false")
     if split.cuts and wanted.score == "output_norm":
         raise RecipeError(
-            f"assignment.score: {name} makes modules that output_norm was not measured for; leave it out."
+            "assignment.score", f"{name} makes modules that output_norm was not measured for", "leave it out"
         )
     if split.cuts:
         # the cheapest, for it is cut anew

@@ -21,7 +21,7 @@ def write_experts_card(directory: Path, result: Mapping[str, Any], source: Path,
 
     Args:
         directory: the new checkpoint.
-        result: what ``modmoe.conversion.reduce_experts.run.reduce_experts`` returns.
+        result: what ``modmoe.conversion.driver.convert`` returns.
         source: where the source lies.
         named: how the user named it.
     """

@@ -16,7 +16,7 @@ def write_upcycled_card(directory: Path, result: Mapping[str, Any], source: Path
 
     Args:
         directory: the new checkpoint.
-        result: what ``modmoe.conversion.upcycle.upcycle`` returns.
+        result: what ``modmoe.conversion.driver.convert`` returns.
         source: where the source lies.
         named: how the user named it.
     """
