@@ -105,13 +105,13 @@ def view_routing(
     layers: dict[int, _Layer] = {}
     with _watching(runner.model, ffns, members_EM, batch, rows, tasks, layers), torch.no_grad():
         runner.logits(batch)
-    found = [layers[layer] for layer in sorted(layers)]
-    is_routed = found[0].certainty is not None
+    views = [layers[layer] for layer in sorted(layers)]
+    is_routed = views[0].certainty is not None
     samples = []
     for number, task in enumerate(tasks):
         row = rows.index(number)
         length = int(batch.attention_mask_BT[row].sum())
-        ids_LTK = torch.stack([layer.ids_BTK[row, :length] for layer in found])
+        ids_LTK = torch.stack([layer.ids_BTK[row, :length] for layer in views])
         pieces = _split_in_bounds(tokenizer, batch.input_ids_BT[row, :length].tolist())
         samples.append(RoutedText(task=task, pieces=pieces, ids_LTK=ids_LTK))
     task_B = torch.tensor(rows)
@@ -119,12 +119,12 @@ def view_routing(
         tasks=tasks,
         tokens_P=tuple(int(batch.attention_mask_BT[task_B == number].sum()) for number in range(len(tasks))),
         is_held_out=is_held_out,
-        chosen_LPE=torch.stack([layer.chosen_PE for layer in found]),
-        used_LPM=torch.stack([layer.used_PM for layer in found]),
-        certainty_L=torch.tensor([layer.certainty for layer in found]) if is_routed else None,
-        balance_L=torch.tensor([layer.balance for layer in found]),
-        sparsity_LQ=torch.stack([layer.sparsity_Q for layer in found]),
-        kept_LQ=torch.stack([layer.kept_Q for layer in found]),
+        chosen_LPE=torch.stack([layer.chosen_PE for layer in views]),
+        used_LPM=torch.stack([layer.used_PM for layer in views]),
+        certainty_L=torch.tensor([layer.certainty for layer in views]) if is_routed else None,
+        balance_L=torch.tensor([layer.balance for layer in views]),
+        sparsity_LQ=torch.stack([layer.sparsity_Q for layer in views]),
+        kept_LQ=torch.stack([layer.kept_Q for layer in views]),
         samples=tuple(samples),
     )
 

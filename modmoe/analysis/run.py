@@ -104,7 +104,7 @@ def analyze_source(
     )
     ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
     layers = [layer for layer in range(source.num_layers) if ranks.is_mine(layer)]
-    found = cut_layers(
+    cuts = cut_layers(
         find_partitioner(recipe.partition.method),
         lambda layer: (profiles[layer], ffns[layer]),
         layers,
@@ -113,7 +113,7 @@ def analyze_source(
         progress=lambda done, all_layers: progress("partitioning, layers", done, all_layers),
     )
     modules_LF = torch.zeros(source.num_layers, source.neurons, dtype=torch.int64)
-    for layer, partition in zip(layers, found, strict=True):
+    for layer, partition in zip(layers, cuts, strict=True):
         modules_LF[layer] = partition.module_F
     partitions = [Partition(module_F, recipe.partition.num_modules) for module_F in ranks.add_up(modules_LF)]
     if recipe.assignment.score == "output_norm":
@@ -162,10 +162,10 @@ def tokenize(
         if readings is not None:
             readings[name] = reading
     progress("tokenizing, tasks", len(texts), len(texts))
-    for name, found in tokens_by_task(batches).items():
-        if found < calibration.tokens // _FEW:
+    for name, count in tokens_by_task(batches).items():
+        if count < calibration.tokens // _FEW:
             LOG.info(
-                f"{name}: only {found:,} tokens of text, {calibration.tokens:,} were asked for; more would tell more"
+                f"{name}: only {count:,} tokens of text, {calibration.tokens:,} were asked for; more would tell more"
             )
     return batches
 

@@ -64,10 +64,10 @@ def find_partitioner(name: str) -> Partitioner:
         return PARTITIONERS[name]
     if "." not in name:
         raise RecipeError("partition.method", f"no method '{name}'", did_you_mean(name, PARTITIONERS))
-    found = object_at(name, "partition.method")
-    if not callable(found):
-        raise RecipeError("partition.method", f"'{name}' is a {type(found).__name__}, not a function")
-    partitioner: Partitioner = found
+    attribute = object_at(name, "partition.method")
+    if not callable(attribute):
+        raise RecipeError("partition.method", f"'{name}' is a {type(attribute).__name__}, not a function")
+    partitioner: Partitioner = attribute
     return partitioner
 
 

@@ -74,6 +74,6 @@ def cluster_sequences(
     size = max(len(batch.input_ids_BT) for batch in batches)
     clusters: dict[str, list[Batch]] = {}
     for cluster in range(num_clusters):
-        chosen = [sequence for sequence, label in zip(sequences, label_N, strict=True) if label == cluster]
-        clusters[f"cluster{cluster}"] = [pad(chosen[i : i + size], 0) for i in range(0, len(chosen), size)]
+        members = [sequence for sequence, label in zip(sequences, label_N, strict=True) if label == cluster]
+        clusters[f"cluster{cluster}"] = [pad(members[i : i + size], 0) for i in range(0, len(members), size)]
     return clusters

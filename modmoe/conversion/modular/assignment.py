@@ -254,9 +254,9 @@ def cover(scores_EQ: Tensor, own_EQ: Tensor) -> Tensor:
         expert_QQ = loss_EQQ.argmin(0)
         missing = np.arange(count) == int((holders_Q == 0).argmax())
         path = shortest_path(loss_EQQ.min(0), missing, holders_Q > 1, 1e-12)
-        for taken, given in pairwise(path):
-            expert = expert_QQ[taken, given]
-            own[expert, taken], own[expert, given] = True, False
+        for new, old in pairwise(path):
+            expert = expert_QQ[new, old]
+            own[expert, new], own[expert, old] = True, False
     return torch.from_numpy(own)
 
 

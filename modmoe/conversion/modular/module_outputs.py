@@ -60,11 +60,11 @@ def module_outputs(
     if is_centred:
         hidden_NF = hidden_NF - hidden_NF.mean(0)
     hidden_MNm = hidden_NF[:, order_F].reshape(len(hidden_NF), modules, -1).transpose(0, 1)
-    made = []
+    grams = []
     for part_MNm in torch.split(hidden_MNm, max(1, _AT_ONCE // (modules * width)), dim=1):
         output_NMD = torch.bmm(part_MNm, down_MmD).transpose(0, 1)
-        made.append(output_NMD @ output_NMD.transpose(1, 2))
-    return ModuleOutputs(torch.cat(made), task_N)
+        grams.append(output_NMD @ output_NMD.transpose(1, 2))
+    return ModuleOutputs(torch.cat(grams), task_N)
 
 
 def eliminate(gram_MM: Tensor, first: Tensor | None = None) -> Tensor:
@@ -79,12 +79,12 @@ def eliminate(gram_MM: Tensor, first: Tensor | None = None) -> Tensor:
     """
     gram_MM = gram_MM.double()
     cost_M = gram_MM.diagonal().clone()
-    kept = torch.zeros(0, dtype=torch.int64) if first is None else first
-    cost_M[kept] = torch.inf
+    fixed = torch.zeros(0, dtype=torch.int64) if first is None else first
+    cost_M[fixed] = torch.inf
     gone = []
-    for _ in range(len(gram_MM) - len(kept)):
+    for _ in range(len(gram_MM) - len(fixed)):
         module = int(cost_M.argmin())
         gone.append(module)
         cost_M += 2 * gram_MM[module]
         cost_M[module] = torch.inf
-    return torch.cat([kept, torch.tensor(gone[::-1], dtype=torch.int64)])
+    return torch.cat([fixed, torch.tensor(gone[::-1], dtype=torch.int64)])

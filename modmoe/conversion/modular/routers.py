@@ -358,8 +358,8 @@ def _recovered(fit_NE: Tensor, held_NE: Tensor, chosen_N: Tensor) -> float:
     """Return the share of the avoidable error that the choice avoids, against the expert best for all fitted rows."""
     one = held_NE[:, fit_NE.mean(0).argmin()].double().sum()
     best = held_NE.min(1).values.double().sum()
-    found = held_NE.gather(1, chosen_N.unsqueeze(1)).double().sum()
-    return float((one - found) / (one - best)) if one > best else 1.0
+    routed = held_NE.gather(1, chosen_N.unsqueeze(1)).double().sum()
+    return float((one - routed) / (one - best)) if one > best else 1.0
 
 
 def _skipped_means(

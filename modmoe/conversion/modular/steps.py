@@ -155,7 +155,7 @@ def _start_routers(
 ) -> list[RouterStart]:
     total = sum(tokens_by_task(analysis.batches).values()) * (2 if recipe.router.compensation else 1)
     # layer by layer the fits come between the layers' text, whose count goes on
-    fitted = silent if isinstance(analysis.runner, ByLayer) else partial(progress, "fitting routers, layers")
+    report_fit = silent if isinstance(analysis.runner, ByLayer) else partial(progress, "fitting routers, layers")
     return start_routers(
         analysis.runner,
         analysis.batches,
@@ -165,7 +165,7 @@ def _start_routers(
         recipe.router,
         recipe.seed,
         progress=counter(progress, "starting routers, tokens", total),
-        fitted=fitted,
+        fitted=report_fit,
     )
 
 

@@ -77,17 +77,17 @@ class Choice:
     """The weight of each of them and of its row of the router, 1 in all."""
 
 
-def choose(stats: ExpertStats, wanted: ExpertsRecipe, seed: int) -> Choice:
+def choose(stats: ExpertStats, request: ExpertsRecipe, seed: int) -> Choice:
     """Return which experts of a layer are left, or become one; ties go to the lower number.
 
     Raises RecipeError for an unknown score.
     """
-    assert wanted.num_experts is not None
-    if wanted.assignment == "merge":
-        return _merge(stats, wanted.num_experts)
-    check_score(wanted.score)
-    ranking_E = SCORES[wanted.score](stats, seed).sort(descending=True, stable=True).indices
-    return keep(ranking_E[: wanted.num_experts].sort().values.tolist())
+    assert request.num_experts is not None
+    if request.assignment == "merge":
+        return _merge(stats, request.num_experts)
+    check_score(request.score)
+    ranking_E = SCORES[request.score](stats, seed).sort(descending=True, stable=True).indices
+    return keep(ranking_E[: request.num_experts].sort().values.tolist())
 
 
 def keep(experts: Sequence[int]) -> Choice:
@@ -109,10 +109,10 @@ def _merge(stats: ExpertStats, num_experts: int) -> Choice:
     label_E = list(range(len(mean_ED)))
     if num_experts < len(mean_ED):
         label_E = AgglomerativeClustering(num_experts, linkage="average").fit_predict(mean_ED.numpy()).tolist()
-    found: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {}
     for expert, label in enumerate(label_E):
-        found.setdefault(label, []).append(expert)
-    groups = tuple(tuple(group) for group in found.values())
+        members.setdefault(label, []).append(expert)
+    groups = tuple(tuple(group) for group in members.values())
     shares = []
     for group in groups:
         # experts that no token went to count alike
@@ -213,16 +213,16 @@ def read_blocks(checkpoint: Checkpoint) -> list[MoEBlock]:
 
 
 def _block(checkpoint: Checkpoint, layer: int, prefix: str, rest: Sequence[str]) -> MoEBlock | None:
-    own = [found for name in rest if (found := _OWN.match(name))]
+    own = [match for name in rest if (match := _OWN.match(name))]
     fused = [name for name in rest if _FUSED.match(name)]
     stacked = tuple(sorted([*fused, *(name for name in rest if name in _ROUTER)]))
     if not own and not fused:
         return None
     counts = {checkpoint.shape(prefix + name)[0] for name in stacked}
-    parts = tuple(sorted({found[2] for found in own}))
+    parts = tuple(sorted({match[2] for match in own}))
     if own:
-        counts.add(len({int(found[1]) for found in own}))
-        counts.add(max(int(found[1]) for found in own) + 1)
+        counts.add(len({int(match[1]) for match in own}))
+        counts.add(max(int(match[1]) for match in own) + 1)
     if len(counts) != 1 or len(own) != len(parts) * (min(counts) if own else 0):
         raise CheckpointError(
             str(checkpoint.directory),

@@ -73,10 +73,10 @@ def measure_experts(
 
     family = Family(model_type=model.config.model_type, layers=LAYERS, ffn=BLOCK)
     WholeModel(model, family).run(batches, on_input=watch, progress=progress)
-    found = {
+    totals = {
         layer: {field: ranks.from_steps(ranks.add_up(s)) for field, s in own.items()} for layer, own in steps.items()
     }
-    return {layer: _stats(sums) for layer, sums in found.items()}
+    return {layer: _stats(sums) for layer, sums in totals.items()}
 
 
 def _stats(sums: Mapping[str, Tensor]) -> ExpertStats:

@@ -98,14 +98,18 @@ def split_cmoe(rows: Rows, partition: Partition, weights: FFNWeights, options: F
     partition, neuron_E = carve(rows.hidden_NF, partition.num_modules, shared)
     fit_N, _ = hold_out(rows.sequence_N, options.seed)
     value_NE = rows.hidden_NF[:, neuron_E].abs()
-    fitted = fit_values(rows.x_ND[fit_N], value_NE[fit_N], options.router.kind, options.seed)
+    matrices = fit_values(rows.x_ND[fit_N], value_NE[fit_N], options.router.kind, options.seed)
     return LayerFit(
-        single_modules(torch.arange(partition.num_modules), shared), RouterStart.of(fitted), partition=partition
+        single_modules(torch.arange(partition.num_modules), shared), RouterStart.of(matrices), partition=partition
     )
 
 
 def share_half(recipe: Recipe) -> Recipe:
     """Return the recipe with half of the active modules shared where it has none."""
-    wanted = recipe.assignment
-    active = wanted.modules_per_expert or max(1, round(wanted.active_fraction * recipe.partition.num_modules))
-    return recipe if wanted.shared_modules else replace(recipe, assignment=replace(wanted, shared_modules=active // 2))
+    assignment = recipe.assignment
+    active = assignment.modules_per_expert or max(1, round(assignment.active_fraction * recipe.partition.num_modules))
+    return (
+        recipe
+        if assignment.shared_modules
+        else replace(recipe, assignment=replace(assignment, shared_modules=active // 2))
+    )

@@ -57,10 +57,12 @@ def settle_split(recipe: Recipe) -> Recipe:
     name, split = recipe.method, SPLITS.get(recipe.method)
     if split is None:
         return recipe
-    wanted, router = recipe.assignment, recipe.router
-    if wanted.method != AssignmentRecipe().method and not find_assignment(wanted.method).is_by_module:
-        raise RecipeError("assignment.method", f"{name} makes every module an expert", f"leave out '{wanted.method}'")
-    if wanted.num_experts is not None:
+    assignment, router = recipe.assignment, recipe.router
+    if assignment.method != AssignmentRecipe().method and not find_assignment(assignment.method).is_by_module:
+        raise RecipeError(
+            "assignment.method", f"{name} makes every module an expert", f"leave out '{assignment.method}'"
+        )
+    if assignment.num_experts is not None:
         raise RecipeError("assignment.num_experts", f"{name} has an expert for each module", "give num_modules instead")
     if router.routing != "token":
         raise RecipeError("router.routing", f"{name} chooses by token", f"leave out '{router.routing}'")
@@ -68,15 +70,15 @@ def settle_split(recipe: Recipe) -> Recipe:
         raise RecipeError("router.kind", f"the router of {name} is {split.kinds[0]}, not {router.kind}")
     if router.combine != split.combine:
         raise RecipeError("router.combine", f"{name} adds experts up by {split.combine}, not {router.combine}")
-    if wanted.shared_modules and not split.has_shared:
+    if assignment.shared_modules and not split.has_shared:
         raise RecipeError("assignment.shared_modules", f"{name} shares none", "set it to 0")
-    if (router.compensation or wanted.refit) and not split.has_repairs:
+    if (router.compensation or assignment.refit) and not split.has_repairs:
         raise RecipeError("router.compensation, assignment.refit", f"{name} has neither", "set both to false")
-    if split.cuts and wanted.score == "output_norm":
+    if split.cuts and assignment.score == "output_norm":
         raise RecipeError(
             "assignment.score", f"{name} makes modules that output_norm was not measured for", "leave it out"
         )
     if split.cuts:
         # the cheapest, for it is cut anew
         recipe = replace(recipe, partition=replace(recipe.partition, method="contiguous"))
-    return split.complete(replace(recipe, assignment=replace(wanted, method="modules")))
+    return split.complete(replace(recipe, assignment=replace(assignment, method="modules")))
