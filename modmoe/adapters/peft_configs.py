@@ -16,6 +16,7 @@ from modmoe.adapters.methods.moslora import MoSLoRASettings
 from modmoe.adapters.methods.perft import PerftDSettings, PerftESettings, PerftRSettings, PerftSSettings
 from modmoe.adapters.methods.sparmoe import SparMoESettings
 from modmoe.adapters.peft_binding import RoutedConfig, register
+from modmoe.adapters.table import METHODS
 
 
 @dataclass
@@ -145,5 +146,9 @@ CONFIGS: dict[str, type[RoutedConfig]] = {
 }
 """The configuration of each method by name."""
 
-for _name, _config in CONFIGS.items():
-    register(_name, _config)
+for _name, _row in METHODS.items():
+    if _name not in CONFIGS:
+        # a class above is for those who import its name; a method without one has the same from its settings
+        _fields = {"method": _name, "__module__": __name__, "__doc__": _row.settings.__doc__}
+        CONFIGS[_name] = dataclass(type(f"{_row.adapter.__name__}Config", (_row.settings, RoutedConfig), _fields))
+    register(_name, CONFIGS[_name])

@@ -51,4 +51,4 @@ METHODS: dict[str, Method] = {
     "moslora": Method(MoSLoRA, MoSLoRASettings),
     "expert_lora": Method(ExpertLoRA, ExpertLoRASettings),
 }
-"""Every routed adapter by name; the configuration of each for PEFT is in ``configs.py``."""
+"""Every routed adapter by name; the configuration of each for PEFT is in ``peft_configs.py``."""
