@@ -30,7 +30,7 @@ EPILOG = flags.examples(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """Which conversion is run, and on what text."""
+    """Which conversion is run, and on what text, how much of it."""
 
     task: flags.Task = None
     recipe: flags.RecipeFile = None
@@ -47,12 +47,6 @@ class JobOptions:
     budget: Annotated[
         int | None, typer.Option(help="With --method adapters: parameters to stay within; the rank is solved for.")
     ] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextOptions:
-    """How much text is read, and how."""
-
     tokens: flags.Tokens = None
     sequence_length: flags.SequenceLength = None
     batch_size: flags.BatchSize = None
@@ -148,7 +142,7 @@ class RouterOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How the run goes, and what it says."""
+    """How the run goes."""
 
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report with plots.")
@@ -163,9 +157,6 @@ class RunOptions:
     trust_remote_code: flags.Trust = False
     allow_code: flags.AllowCode = False
     revision: flags.Revision = None
-    as_json: flags.Json = False
-    quiet: flags.Quiet = False
-    verbose: flags.Verbose = False
 
 
 @grouped
@@ -173,11 +164,11 @@ def convert(
     source: flags.Source,
     output: flags.Output,
     job: JobOptions,
-    text: TextOptions,
     modules: ModuleOptions,
     experts: ExpertOptions,
     router: RouterOptions,
     run: RunOptions,
+    shown: flags.Shown,
 ) -> None:
     """Convert a dense checkpoint into a parameter-sharing mixture of experts.
 
@@ -199,7 +190,7 @@ def convert(
     of a low --score (reap, frequency, activation, msan, contribution, random) are left out, or experts of like outputs
     are merged, and it is written in its own format.
     """
-    with Console(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose) as console:
+    with Console(as_json=shown.as_json, quiet=shown.quiet, verbose=shown.verbose) as console:
         tasks = flags.parse_tasks(job.task)
         _check_one_size(experts)
         result = api.convert(
@@ -218,7 +209,10 @@ def convert(
             method=job.method,
             adapter=job.adapter,
             budget=job.budget,
-            **asdict(text),
+            tokens=job.tokens,
+            sequence_length=job.sequence_length,
+            batch_size=job.batch_size,
+            by_layer=job.by_layer,
             **asdict(modules),
             **{name: value for name, value in asdict(experts).items() if name != "fit_bytes"},
             **asdict(router),
@@ -237,8 +231,7 @@ def convert(
                 "note: there is one expert, so nothing is chosen; for more give a second --task, or --num-experts."
             )
         picture = (lambda: draw_tree(result, output)) if result.get("stored_modules") and not run.dry_run else None
-        shown = estimate_words(result)
-        console.finish(result, title=output, next_step=next_step, shown=shown, picture=picture)
+        console.finish(result, title=output, next_step=next_step, shown=estimate_words(result), picture=picture)
 
 
 def _check_one_size(experts: ExpertOptions) -> None:

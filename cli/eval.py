@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.cli.groups import grouped
 from modmoe.errors import RecipeError
 
 EPILOG = flags.examples(
@@ -20,33 +22,53 @@ EPILOG = flags.examples(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What text is read, and how much."""
+
+    task: flags.Task = None
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each task.")] = 32768
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256
+    batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessOptions:
+    """Tasks of lm-eval."""
+
+    harness: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Run these tasks of lm-eval, separated by commas.")
+    ] = None
+    harness_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With --harness: a folder of task files (.yaml) of your own.")
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="With --harness: at most so many samples of each task.")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How the models are run."""
+
+    baseline: Annotated[str | None, typer.Option(metavar="DENSE", help="The model to compare with.")] = None
+    expert: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Use this expert throughout; by default the task's own.")
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything that draws numbers: 0, or lm-eval's own.", show_default=False)
+    ] = None
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")] = "auto"
+    trust_remote_code: flags.Trust = False
+    revision: flags.Revision = None
+
+
+@grouped
 def evaluate(
     context: typer.Context,
     source: flags.Source,
-    task: flags.Task = None,
-    baseline: Annotated[str | None, typer.Option(metavar="DENSE", help="The model to compare with.")] = None,
-    harness: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Run these tasks of lm-eval, separated by commas.")
-    ] = None,
-    harness_path: Annotated[
-        str | None, typer.Option(metavar="DIR", help="With --harness: a folder of task files (.yaml) of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="With --harness: at most so many samples of each task.")] = None,
-    tokens: Annotated[int, typer.Option(help="At most so many tokens of each task.")] = 32768,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
-    expert: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Use this expert throughout; by default the task's own.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of everything that draws numbers: 0, or lm-eval's own.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where models run.")] = "auto",
-    trust_remote_code: flags.Trust = False,
-    revision: flags.Revision = None,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    verbose: flags.Verbose = False,
+    text: TextOptions,
+    tasks_of_harness: HarnessOptions,
+    run: RunOptions,
+    shown: flags.Shown,
 ) -> None:
     """Measure a model on each task's text: loss, perplexity, bits per byte, tokens a second; or run lm-eval on it.
 
@@ -54,36 +76,36 @@ def evaluate(
     worse. Where rows have a prompt, exact_match is the share of them whose completion greedy decoding would give word
     for word.
     """
-    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        tasks = flags.parse_tasks(task)
-        names = None if harness is None else _names(harness)
+    with Console(as_json=shown.as_json, quiet=shown.quiet, verbose=shown.verbose) as console:
+        tasks = flags.parse_tasks(text.task)
+        names = None if tasks_of_harness.harness is None else _names(tasks_of_harness.harness)
         if tasks is None and names is None:
             raise RecipeError("--task: no task is given; add --task NAME=FILE, or --harness with lm-eval's tasks.")
         _check_company(context, tasks is not None, names is not None)
-        flags.choose("--device", device, ("auto", "cpu", "cuda"))
+        flags.choose("--device", run.device, ("auto", "cpu", "cuda"))
         for flag, number in {
-            "--tokens": tokens,
-            "--sequence-length": sequence_length,
-            "--batch-size": batch_size,
-            "--limit": 1 if limit is None else limit,
+            "--tokens": text.tokens,
+            "--sequence-length": text.sequence_length,
+            "--batch-size": text.batch_size,
+            "--limit": 1 if tasks_of_harness.limit is None else tasks_of_harness.limit,
         }.items():
             if number < 1:
                 raise RecipeError(f"{flag}: {number} is not above 0.")
         result = api.evaluate(
             source,
             tasks,
-            baseline=baseline,
-            tokens=tokens,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            expert=expert,
-            seed=seed,
-            revision=revision,
+            baseline=run.baseline,
+            tokens=text.tokens,
+            sequence_length=text.sequence_length,
+            batch_size=text.batch_size,
+            device=run.device,
+            trust_remote_code=run.trust_remote_code,
+            expert=run.expert,
+            seed=run.seed,
+            revision=run.revision,
             harness=names,
-            harness_path=harness_path,
-            limit=limit,
+            harness_path=tasks_of_harness.harness_path,
+            limit=tasks_of_harness.limit,
             progress=console.progress,
         )
         console.finish(result, title=source, shown=result if names is None else _rows(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
+from modmoe.cli.groups import grouped
 
 EPILOG = flags.examples(
     "modmoe export ./tuned ./out --format safetensors --form tied",
@@ -20,48 +22,75 @@ EPILOG = flags.examples(
 )
 
 
-def export(
-    source: flags.Source,
-    output: flags.Output,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOptions:
+    """The files that are written."""
+
     file_format: Annotated[
         str, typer.Option("--format", metavar="safetensors", help="The format of the weight files.")
-    ] = "safetensors",
-    form: Annotated[str, typer.Option(metavar="|".join(api.FORMS), help="What is written; see above.")] = "tied",
+    ] = "safetensors"
+    dtype: Annotated[
+        str | None, typer.Option(metavar="|".join(api.DTYPES), help="Type of the weights; by default as they are.")
+    ] = None
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that one weight file holds.")] = "5GB"
+    overwrite: flags.Overwrite = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """What is written of the model, and for whom."""
+
+    form: Annotated[str, typer.Option(metavar="|".join(api.FORMS), help="What is written; see above.")] = "tied"
     target: Annotated[
         str,
         typer.Option(
             metavar="auto|mixtral|qwen2_moe|qwen3_moe|granitemoeshared|glm4_moe|flex_olmo",
             help="The architecture of a native export.",
         ),
-    ] = "auto",
+    ] = "auto"
     client: Annotated[
         str, typer.Option("--for", metavar="|".join(api.CLIENTS), help="The program that a native export is for.")
-    ] = "transformers",
+    ] = "transformers"
     expert: Annotated[
         str | None,
         typer.Option(
             metavar="NAME", help="The expert that a dense export keeps, or that a model routed by task begins with."
         ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="|".join(api.DTYPES), help="Type of the weights; by default as they are.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that one weight file holds.")] = "5GB",
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofOptions:
+    """How the export is proved, and folded where that is not exact."""
+
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process and compare the outputs.")
-    ] = True,
+    ] = True
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Fold an adapter that depends on the token, at its mean over --task.")
-    ] = False,
-    task: flags.Task = None,
-    overwrite: flags.Overwrite = False,
-    trust_remote_code: flags.Trust = False,
-    revision: flags.Revision = None,
-    seed: Annotated[int | None, typer.Option(hidden=True)] = None,
-    device: Annotated[str | None, typer.Option(hidden=True)] = None,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-    verbose: flags.Verbose = False,
+    ] = False
+    task: flags.Task = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How the run goes."""
+
+    trust_remote_code: flags.Trust = False
+    revision: flags.Revision = None
+    seed: Annotated[int | None, typer.Option(hidden=True)] = None
+    device: Annotated[str | None, typer.Option(hidden=True)] = None
+
+
+@grouped
+def export(
+    source: flags.Source,
+    output: flags.Output,
+    files: FileOptions,
+    model: ModelOptions,
+    proof: ProofOptions,
+    run: RunOptions,
+    shown: flags.Shown,
 ) -> None:
     """Export a converted model, or a routed adapter.
 
@@ -72,33 +101,33 @@ def export(
     packed   modules as ordinary experts, the router choosing modules: for vLLM and SGLang alone
     adapter  the adapter alone, as PEFT has it
     """
-    with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        flags.choose("--format", file_format, ("safetensors",))
-        flags.choose("--form", form, api.FORMS)
-        flags.choose("--for", client, api.CLIENTS)
-        if dtype is not None:
-            flags.choose("--dtype", dtype, api.DTYPES)
-        if device is not None:
-            flags.choose("--device", device, ("auto", "cpu", "cuda"))
-        flags.parse_size("--max-shard-size", max_shard_size)
+    with Console(as_json=shown.as_json, quiet=shown.quiet, verbose=shown.verbose) as console:
+        flags.choose("--format", files.file_format, ("safetensors",))
+        flags.choose("--form", model.form, api.FORMS)
+        flags.choose("--for", model.client, api.CLIENTS)
+        if files.dtype is not None:
+            flags.choose("--dtype", files.dtype, api.DTYPES)
+        if run.device is not None:
+            flags.choose("--device", run.device, ("auto", "cpu", "cuda"))
+        flags.parse_size("--max-shard-size", files.max_shard_size)
         result = api.export(
             source,
             output,
-            form=form,
-            target=target,
-            client=client,
-            expert=expert,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            verify=verify,
-            revision=revision,
-            approximate=approximate,
-            tasks=flags.parse_tasks(task),
+            form=model.form,
+            target=model.target,
+            client=model.client,
+            expert=model.expert,
+            dtype=files.dtype,
+            max_shard_size=files.max_shard_size,
+            overwrite=files.overwrite,
+            trust_remote_code=run.trust_remote_code,
+            verify=proof.verify,
+            revision=run.revision,
+            approximate=proof.approximate,
+            tasks=flags.parse_tasks(proof.task),
             progress=console.progress,
         )
-        if not as_json and result.get("verified"):
+        if not shown.as_json and result.get("verified"):
             # people read the line that counts; programs get all of it
             result["verified"].pop("by_dtype", None)
         console.finish(result, title=output, next_step=flags.quote("modmoe", "push", output, "OWNER/NAME", "--dry-run"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -81,6 +82,15 @@ EstimateFor = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Put one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log lines, and those of the libraries.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a command prints."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
 
 
 class Command(TyperCommand):
