@@ -9,11 +9,13 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -120,123 +122,172 @@ def _say_what_is_left(error: BaseException, states: Path) -> None:
         error.add_note(f"Training up to step {step_of(left[-1])} is kept in {states}; go on with --resume{where}.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subject:
+    """What is trained, and what it is trained on."""
+
+    model: Any
+    lora: LoraConfig | None
+    """The LoRA to attach; None where there is none."""
+    tokenizer: Any
+    teacher: Any
+    """The dense model whose predictions are learned; None where there is none."""
+    packing: bool
+    read: Callable[..., Dataset]
+    """Reads the tasks anew; with ``marked`` each sequence says of which rows it is."""
+
+
 def _run(
     source: Path, partial: Path, states: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
 ) -> dict[str, Any]:
-    if is_adapted(source):
-        raise RecipeError(f"{source}: was exported with its adapter inside; train the adapter it was made from.")
-    if is_adapter(source) and recipe.finetune.train == "full":
-        # the base model's weights are not here: all that can learn is the adapter
-        recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
-    wanted, trust = recipe.finetune, recipe.trust_remote_code
-    if wanted.batch_size % ranks.num_ranks():
-        raise RecipeError(
-            f"finetune.batch_size: {wanted.batch_size} sequences do not divide among {ranks.num_ranks()} processes; "
-            "give a multiple."
-        )
+    recipe = _settle(source, recipe)
     progress("loading")
     device = pick_device(recipe.device)
-    check_models([source, wanted.distill_from if wanted.distill_weight > 0 else None], trust_remote_code=trust)
-    model, lora = _open(source, recipe, device)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    teacher = None
-    if wanted.distill_from is not None and wanted.distill_weight > 0:
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
-        teacher = load_teacher(wanted.distill_from, model, tokenizer, trust_remote_code=trust, dtype=dtype)
-    packing = wanted.packing and all(map(keeps_rows_apart, [model, *([teacher] if teacher is not None else [])]))
-    if wanted.packing and not packing:
-        LOG.info("packing is off: this architecture would read other rows of a packed sequence")
-    warn_of_length(model.config, wanted.sequence_length, "finetune.sequence_length")
+    subject = _open_subject(source, recipe, device)
     progress("reading the tasks")
-    read = functools.partial(
-        training_set,
-        tokenizer,
-        recipe.tasks,
-        sequence_length=wanted.sequence_length,
-        num_sequences=wanted.max_steps * wanted.batch_size,
-        seed=recipe.seed,
-        experts=model.config.expert_names if is_routed_by_task(model) else None,
-        packing=packing,
-        num_embeddings=model.get_input_embeddings().weight.shape[0],
-    )
     readings: dict[str, Reading] = {}
-    dataset = read(readings=readings)
+    dataset = subject.read(readings=readings)
     tell(readings)
-    found = find_state(states, describe_run(recipe, str(source), dataset), resume) if ranks.is_first() else None
-    step = int(ranks.from_first(torch.tensor(0 if found is None else step_of(found))))
-    state = states / f"checkpoint-{step}" if step else None
-    tasks: dict[str, dict[str, float]] = {}
+    state = _state_to_go_on_from(states, describe_run(recipe, str(source), dataset), resume)
+    losses: dict[str, dict[str, float]] = {}
     eval_readings: dict[str, Reading] = {}
     if eval_tasks:
-        before = _losses(model, tokenizer, eval_tasks, recipe, progress, eval_readings)
-        tasks = {name: {"before": loss} for name, loss in before.items()}
-    total = model.num_parameters()
-    embeddings: Any = model.get_input_embeddings()
-    rows, width = embeddings.weight.shape
-    trainer: Any = ModularTrainer(
-        model=model,
-        args=training_arguments(states, recipe, device, width),
-        data_collator=Collator(padding=padding_of(tokenizer, rows), packing=packing),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[Report(progress)],
-        recipe=wanted,
-        teacher=teacher,
-    )
+        before = _losses(subject.model, subject.tokenizer, eval_tasks, recipe, progress, eval_readings)
+        losses = {name: {"before": loss} for name, loss in before.items()}
+    total = subject.model.num_parameters()
+    trainer = _trainer_of(subject, dataset, recipe, states, device, progress)
     sizes = {
         "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "total": total,
     }
     if ranks.is_first():
-        is_whole = not isinstance(trainer.model, PeftModel)
-        states_bytes = disk_bytes(trainer.model, recipe, is_whole, len(all_states(states)))
-        is_adapter_alone = wanted.train == "adapters"
-        output_bytes = 4 * sizes["trainable"] if is_adapter_alone else tensor_bytes(Checkpoint(source))
-        check_space(partial, states_bytes + output_bytes)
+        _check_room(trainer.model, source, partial, states, recipe, sizes["trainable"])
     ranks.meet()
     try:
-        reported = wanted.report_to if ranks.is_first() else "none"
+        reported = recipe.finetune.report_to if ranks.is_first() else "none"
         with curves.tracked(trainer, reported, states, goes_on=state is not None), ranks.in_step():
             trainer.train_from(state)
     except DivergedError as error:
-        raise DivergedError(_explain(error, read, recipe, states), error.step, error.good_step) from error
-    trained, is_sharded = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        raise DivergedError(_explain(error, subject.read, recipe, states), error.step, error.good_step) from error
     progress("writing")
-    if is_sharded:
-        weights = trainer.accelerator.get_state_dict(trained)  # all ranks give, the first gets
-        if ranks.is_first():
-            trained = _open(source, recipe, torch.device("cpu"))[0]
-            trained = trained if lora is None else get_peft_model(trained, lora)
-            trained.load_state_dict(weights)
-    if wanted.train != "adapters" and isinstance(trained, PeftModel) and (ranks.is_first() or not is_sharded):
-        trained = trained.merge_and_unload()
-    if ranks.is_first() and wanted.train == "adapters":
-        write_trained(trained, source, partial, recipe)
+    model, is_sharded = _collect(trainer, source, recipe, subject.lora)
+    if ranks.is_first() and recipe.finetune.train == "adapters":
+        write_trained(model, source, partial, recipe)
     elif ranks.is_first():
-        _write(trained, source, partial, recipe)
+        _write(model, source, partial, recipe)
     ranks.meet()
     if eval_tasks:
         if is_sharded:
-            trained = load(partial, trust_remote_code=trust, device=device.type)
-        for name, loss in _losses(trained, tokenizer, eval_tasks, recipe, progress).items():
-            tasks[name]["after"] = loss
+            model = load(partial, trust_remote_code=recipe.trust_remote_code, device=device.type)
+        for name, loss in _losses(model, subject.tokenizer, eval_tasks, recipe, progress).items():
+            losses[name]["after"] = loss
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
         "parameters": sizes,
         "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]},
-        **({"tasks": tasks} if tasks else {}),
+        **({"tasks": losses} if losses else {}),
         "read": summaries(readings),
-        **({"read_eval": summaries(eval_readings)} if tasks else {}),
+        **({"read_eval": summaries(eval_readings)} if losses else {}),
     }
     if ranks.is_first():
         # a state keeps its entries' keys sorted, so that these are to the byte what an unbroken run has
         log = [dict(sorted(entry.items())) for entry in history]
         write_json(partial / "modmoe_training.json", {**result, "log": log})
     return result
+
+
+def _settle(source: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe with what follows from the source; RecipeError for what cannot be trained."""
+    if is_adapted(source):
+        raise RecipeError(str(source), "was exported with its adapter inside", "train the adapter it was made from")
+    if is_adapter(source) and recipe.finetune.train == "full":
+        # the base model's weights are not here: all that can learn is the adapter
+        recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
+    if recipe.finetune.batch_size % ranks.num_ranks():
+        raise RecipeError(
+            "finetune.batch_size",
+            f"{recipe.finetune.batch_size} sequences do not divide among {ranks.num_ranks()} processes",
+            "give a multiple",
+        )
+    return recipe
+
+
+def _open_subject(source: Path, recipe: Recipe, device: torch.device) -> _Subject:
+    """Load the model, its tokenizer and its teacher, and prepare the reading of the tasks."""
+    options, trust = recipe.finetune, recipe.trust_remote_code
+    distills_from = options.distill_from if options.distill_weight > 0 else None
+    check_models([source, distills_from], trust_remote_code=trust)
+    model, lora = _open(source, recipe, device)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    teacher = None
+    if distills_from is not None:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        teacher = load_teacher(distills_from, model, tokenizer, trust_remote_code=trust, dtype=dtype)
+    packing = options.packing and all(map(keeps_rows_apart, [model, *([teacher] if teacher is not None else [])]))
+    if options.packing and not packing:
+        LOG.info("packing is off: this architecture would read other rows of a packed sequence")
+    warn_of_length(model.config, options.sequence_length, "finetune.sequence_length")
+    read = functools.partial(
+        training_set,
+        tokenizer,
+        recipe.tasks,
+        sequence_length=options.sequence_length,
+        num_sequences=options.max_steps * options.batch_size,
+        seed=recipe.seed,
+        experts=model.config.expert_names if is_routed_by_task(model) else None,
+        packing=packing,
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
+    )
+    return _Subject(model, lora, tokenizer, teacher, packing, read)
+
+
+def _state_to_go_on_from(states: Path, description: dict[str, Any], resume: bool) -> Path | None:
+    """Return the state that the first process found, to all processes; None where the run begins anew."""
+    state = find_state(states, description, resume) if ranks.is_first() else None
+    step = int(ranks.from_first(torch.tensor(0 if state is None else step_of(state))))
+    return states / f"checkpoint-{step}" if step else None
+
+
+def _trainer_of(
+    subject: _Subject, dataset: Dataset, recipe: Recipe, states: Path, device: torch.device, progress: Any
+) -> Any:
+    rows, width = subject.model.get_input_embeddings().weight.shape
+    return ModularTrainer(
+        model=subject.model,
+        args=training_arguments(states, recipe, device, width),
+        data_collator=Collator(padding=padding_of(subject.tokenizer, rows), packing=subject.packing),
+        train_dataset=dataset,
+        processing_class=subject.tokenizer,
+        peft_config=subject.lora,
+        callbacks=[Report(progress)],
+        recipe=recipe.finetune,
+        teacher=subject.teacher,
+    )
+
+
+def _check_room(model: Any, source: Path, partial: Path, states: Path, recipe: Recipe, trainable: int) -> None:
+    """Raise RecipeError where the states and the output do not fit on the disk."""
+    states_bytes = disk_bytes(model, recipe, not isinstance(model, PeftModel), len(all_states(states)))
+    output_bytes = 4 * trainable if recipe.finetune.train == "adapters" else tensor_bytes(Checkpoint(source))
+    check_space(partial, states_bytes + output_bytes)
+
+
+def _collect(trainer: Any, source: Path, recipe: Recipe, lora: LoraConfig | None) -> tuple[Any, bool]:
+    """Return the trained model, whole on the first process and any LoRA merged, and whether it was sharded."""
+    model, is_sharded = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if is_sharded:
+        weights = trainer.accelerator.get_state_dict(model)  # all ranks give, the first gets
+        if ranks.is_first():
+            model = _open(source, recipe, torch.device("cpu"))[0]
+            model = model if lora is None else get_peft_model(model, lora)
+            model.load_state_dict(weights)
+    is_merged = recipe.finetune.train != "adapters" and isinstance(model, PeftModel)
+    if is_merged and (ranks.is_first() or not is_sharded):
+        model = model.merge_and_unload()
+    return model, is_sharded
 
 
 def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, LoraConfig | None]:
