@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from modmoe.formats.proof.verify import verify as verify_export
 from modmoe.formats.tied import tied_plan, with_dtype
 from modmoe.formats.tied_code import own_files, write_code, write_packed_code
 from modmoe.models.counts import tensor_bytes
-from modmoe.models.loading import PACKED_PREFIX, is_adapted, is_adapter, is_tied, is_tied_type, load, own_code
+from modmoe.models.loading import PACKED_PREFIX, is_adapted, is_adapter, is_tied, is_tied_type, own_code
+from modmoe.models.opened import OpenedModel
+from modmoe.runtime.progress import Progress, silent
 from modmoe.storage.checkpoint import Checkpoint, CheckpointWriter, copy_companions, parse_bytes, resolve_source
 from modmoe.storage.plan import Plan
 from modmoe.storage.staging import check_output, open_output
@@ -30,7 +33,7 @@ from modmoe.storage.staging import check_output, open_output
 FORMS = ("tied", "dense", "native", "packed", "adapter")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-_log = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,8 @@ class _Export:
     load_options: dict[str, Any] = field(default_factory=dict)
     tolerance: float | None = None
     """Bound of the proof in float32, as a share of the largest logit; None for that of exact exports."""
-    told: dict[str, Any] = field(default_factory=dict)
-    """What the result says beside what it says of every form."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the result of this form has beside that of every form."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -66,7 +69,7 @@ def export(
     verify: bool = True,
     approximate: bool = False,
     tasks: Mapping[str, str] | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a tied checkpoint or an adapter in another form to ``output``, whole or not at all.
 
@@ -99,16 +102,16 @@ def export(
         CheckpointError: the source is damaged, or has code of its own that is not trusted.
         RecipeError: ``output`` is not free, or ``max_shard_size`` no size.
     """
-    say, started_s = progress or (lambda *_: None), time.monotonic()
+    started_s, progress = time.monotonic(), progress or silent
     _check_words(form, target, client, dtype)
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
-    wanted = None if dtype is None else DTYPES[dtype]
+    weight_dtype = None if dtype is None else DTYPES[dtype]
     if is_adapter(directory):
         from modmoe.exports.adapters import export_adapter  # imports peft, which takes seconds
 
-        say("exporting the adapter" + (", and verifying" if verify else ""))
+        progress("exporting the adapter" + (", and verifying" if verify else ""))
         result = export_adapter(
             directory,
             output,
@@ -116,7 +119,7 @@ def export(
             target=target,
             client=client,
             expert=expert,
-            dtype=wanted,
+            dtype=weight_dtype,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
@@ -126,62 +129,82 @@ def export(
         )
         return {**result, "seconds": round(time.monotonic() - started_s, 2)}
     _check_converted(source, directory, form, approximate or bool(tasks))
-    tied = Checkpoint(directory)
-    if verify and own_code(tied.config) and not trust_remote_code:
-        raise CheckpointError(
-            f"{directory}: the proof would run the checkpoint's own Python files; read them, then pass "
-            "--trust-remote-code, or --no-verify."
-        )
-    made = _plan(tied, form, target, client, expert, wanted)
-    made.plan.check(tied)
-    if not verify:  # the proof would find it
-        tied.check_finite(lambda *count: say("checking the source, bytes", *count))
-    if "why" in made.told:
-        _log.info("%s", made.told["why"])
-    for line in made.warnings:
-        _log.warning("%s", line)
-    bytes_before = tensor_bytes(tied)
-    bytes_after = sum(tensor.size_bytes for tensor in made.plan.outputs(tied, wanted).values())
-    say(f"{form}: {bytes_before:,} bytes become {bytes_after:,}")
-    with open_output(output, overwrite=overwrite, size_bytes=bytes_after) as partial:
+    tied = OpenedModel(directory, trust_remote_code=trust_remote_code)
+    planned = _plan_checked(tied, form, target, client, expert, weight_dtype, verify, progress)
+    bytes_before = tensor_bytes(tied.checkpoint)
+    bytes_after = sum(tensor.size_bytes for tensor in planned.plan.outputs(tied.checkpoint, weight_dtype).values())
+    progress(f"{form}: {bytes_before:,} bytes become {bytes_after:,}")
+    with open_output(output, overwrite=overwrite, size_bytes=bytes_after) as partial_directory:
         writer = CheckpointWriter(
-            partial, max_shard_bytes=shard_bytes, report=lambda *count: say("writing, bytes", *count)
+            partial_directory, max_shard_bytes=shard_bytes, report=partial(progress, "writing, bytes")
         )
-        made.plan.run(tied, writer, wanted)
-        writer.finish(with_dtype(made.plan.config, wanted))
-        _write_companions(made, directory, partial)
-        verified = None
-        if verify:
-            say("verifying in a process of its own")
-            verified = verify_export(
-                lambda stored: load(directory, trust_remote_code=trust_remote_code, dtype=stored, device="cpu"),
-                partial,
-                expert=made.expert,
-                set_expert=form == "tied",
-                execute_code=made.needs_code,
-                options=made.load_options,
-                tolerance=made.tolerance,
-            )
-            if made.tolerance is not None:
-                told = list(verified["by_dtype"].values())[-1]
-                _log.info(
-                    "gates are not exact: logits differ by %.2g in the mean, %.2g at most; a mean of %.2g is allowed",
-                    *(told[key] for key in ("mean_abs_logit_diff", "max_abs_logit_diff", "tolerance")),
-                )
+        planned.plan.run(tied.checkpoint, writer, weight_dtype)
+        writer.finish(with_dtype(planned.plan.config, weight_dtype))
+        _write_companions(planned, directory, partial_directory)
         result = {
             "form": form,
-            "target": made.target,
+            "target": planned.target,
             "output": str(output),
-            "expert": expert if form in ("tied", "packed") else made.expert,
-            "dtype": str(made.plan.config.get("dtype")) if dtype is None else dtype,
-            "verified": verified,
+            "expert": expert if form in ("tied", "packed") else planned.expert,
+            "dtype": str(planned.plan.config.get("dtype")) if dtype is None else dtype,
+            "verified": _prove(planned, tied, partial_directory, form, progress) if verify else None,
             "bytes_before": bytes_before,
             "bytes_after": bytes_after,
-            "warnings": made.warnings,
-            **made.told,
+            "warnings": planned.warnings,
+            **planned.facts,
         }
-        write_card(partial, result, tied)
+        write_card(partial_directory, result, tied.checkpoint)
     return {**result, "seconds": round(time.monotonic() - started_s, 2)}
+
+
+def _plan_checked(
+    tied: OpenedModel,
+    form: str,
+    target: str,
+    client: str,
+    expert: str | None,
+    dtype: torch.dtype | None,
+    verify: bool,
+    progress: Progress,
+) -> _Export:
+    """Return the plan, checked against the source, and log what the user should know of it."""
+    checkpoint = tied.checkpoint
+    if verify and own_code(checkpoint.config) and not tied.trust_remote_code:
+        raise CheckpointError(
+            str(tied.directory),
+            "the proof would run the checkpoint's own Python files",
+            "read them, then pass --trust-remote-code, or --no-verify",
+        )
+    planned = _plan(checkpoint, form, target, client, expert, dtype)
+    planned.plan.check(checkpoint)
+    if not verify:  # the proof would find it
+        checkpoint.check_finite(partial(progress, "checking the source, bytes"))
+    if "why" in planned.facts:
+        LOG.info("%s", planned.facts["why"])
+    for line in planned.warnings:
+        LOG.warning("%s", line)
+    return planned
+
+
+def _prove(planned: _Export, tied: OpenedModel, directory: Path, form: str, progress: Progress) -> dict[str, Any]:
+    """Reload the export in a fresh process and compare it with the tied model; ExportError where they differ."""
+    progress("verifying in a process of its own")
+    verified = verify_export(
+        lambda dtype: tied.load(dtype=dtype, device="cpu"),
+        directory,
+        expert=planned.expert,
+        set_expert=form == "tied",
+        execute_code=planned.needs_code,
+        options=planned.load_options,
+        tolerance=planned.tolerance,
+    )
+    if planned.tolerance is not None:
+        numbers = list(verified["by_dtype"].values())[-1]
+        LOG.info(
+            "gates are not exact: logits differ by %.2g in the mean, %.2g at most; a mean of %.2g is allowed",
+            *(numbers[key] for key in ("mean_abs_logit_diff", "max_abs_logit_diff", "tolerance")),
+        )
+    return verified
 
 
 def _check_words(form: str, target: str, client: str, dtype: str | None) -> None:
@@ -235,7 +258,7 @@ def _plan(
             # the default way of computing experts is for GPUs
             load_options={"experts_implementation": "eager"},
             tolerance=native.tolerance,
-            told={"client": client, "why": native.why},
+            facts={"client": client, "why": native.why},
             warnings=native.warnings,
         )
     if expert is not None and not by_task:
@@ -251,14 +274,14 @@ def _plan(
     return _Export(plan=plan, target=plan.config["model_type"], expert=forced, needs_code=True)
 
 
-def _write_companions(made: _Export, source: Path, directory: Path) -> None:
+def _write_companions(planned: _Export, source: Path, directory: Path) -> None:
     copy_companions(source, directory)
     if (source / RECIPE).is_file():
         (directory / RECIPE).write_text(public_recipe(source / RECIPE), encoding="utf-8")
-    if is_tied_type(made.plan.config["model_type"]):
-        write_code(directory, made.plan.config, source)
-    elif made.plan.config["model_type"].startswith(PACKED_PREFIX):
+    if is_tied_type(planned.plan.config["model_type"]):
+        write_code(directory, planned.plan.config, source)
+    elif planned.plan.config["model_type"].startswith(PACKED_PREFIX):
         write_packed_code(directory)
     else:
-        for name, text in own_files(made.plan.config, source).items():
+        for name, text in own_files(planned.plan.config, source).items():
             (directory / name).write_text(text, encoding="utf-8")
