@@ -192,12 +192,17 @@ def empty(directory: Path, inner: str = "") -> list[str]:
 
 
 def clear(directory: Path) -> list[str]:
-    """Do as ``empty``, and delete the mark and the directory itself where nothing stays."""
+    """Do as ``empty``, and delete the mark and the directory itself where nothing stays.
+
+    Where anything stays, be it an empty directory that the disk would not let go, the mark stays, so that a later run
+    knows whose it is.
+    """
     left = empty(directory)
     if not left:
         with contextlib.suppress(OSError):
-            (directory / MARK).unlink(missing_ok=True)
-            directory.rmdir()
+            if {entry.name for entry in os.scandir(directory)} <= {MARK}:
+                (directory / MARK).unlink(missing_ok=True)
+                directory.rmdir()
     return left
 
 

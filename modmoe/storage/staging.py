@@ -189,6 +189,7 @@ def _remove(directory: Path) -> None:
 def _claimed(partial: Path, name: str) -> Iterator[None]:
     """Make ``partial``, or empty what an interrupted run left of it, and hold the lock on its mark meanwhile."""
     while True:
+        is_new = not partial.exists()
         with contextlib.suppress(FileExistsError):
             partial.mkdir()
         _check_partial(partial)
@@ -196,9 +197,11 @@ def _claimed(partial: Path, name: str) -> Iterator[None]:
             handle = os.open(partial / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another run that ends has removed the directory meanwhile
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.rmdir()
+        except BaseException:
+            # without its mark nobody would know whose the directory is, and Ctrl-C comes at any time
+            if is_new:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

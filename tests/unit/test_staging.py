@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from modmoe.errors import RecipeError, disk_error
-from modmoe.storage import staging
+from modmoe.storage import seal, staging
 from modmoe.storage.seal import MARK, SEAL
 from modmoe.storage.staging import open_output
 
@@ -256,3 +256,46 @@ def test_errors_of_a_disk_keep_what_was_said_of_them(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught, open_output(tmp_path / "out"):
         work()
     assert caught.value.__notes__ == ["More is kept."]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "disk")], ids=["interrupt", "disk"])
+def test_a_directory_without_its_mark_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Nobody would know whose it is; one that was there before, and empty, stays."""
+    right = os.open
+
+    def open_badly(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).name == MARK:
+            raise error
+        return right(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_badly)
+    with pytest.raises(type(error)), open_output(str(tmp_path / "out"), overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(type(error)), open_output(str(tmp_path / "out"), overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.partial"]
+
+
+def test_the_mark_stays_where_anything_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory that the disk does not let go, too: a later run has to know whose it is."""
+    states = tmp_path / "out.states"
+    (states / "checkpoint-3").mkdir(parents=True)
+    (states / "checkpoint-3" / "optimizer.pt").touch()
+    (states / MARK).touch()
+    right = Path.rmdir
+
+    def rmdir_badly(path: Path) -> None:
+        if path.name == "checkpoint-3":
+            raise OSError(errno.ENOSPC, "full")
+        right(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", rmdir_badly)
+        seal.clear(states)
+    assert seal.is_marked(states) and not list((states / "checkpoint-3").iterdir())
+    seal.clear(states)
+    assert not states.exists()
