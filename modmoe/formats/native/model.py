@@ -55,8 +55,8 @@ class TiedModel:
     @cached_property
     def biases(self) -> str:
         """Which of the attention's projections have a bias, of ``qkvo``."""
-        prefix = f"{self.config.get('ffn_layers', 'model.layers')}.0.self_attn."
-        return "".join(role for role in "qkvo" if f"{prefix}{role}_proj.bias" in self.tied)
+        first = f"{self.config.get('ffn_layers', 'model.layers')}.0"
+        return "".join(role for role in "qkvo" if f"{first}.self_attn.{role}_proj.bias" in self.tied)
 
     @cached_property
     def head_dim(self) -> int:
