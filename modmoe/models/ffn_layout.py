@@ -54,6 +54,11 @@ class FFNLayout:
         """Whether gate and up are one tensor."""
         return self.paths.get("gate") == self.paths["up"]
 
+    @property
+    def tensors(self) -> tuple[tuple[Role, ...], ...]:
+        """The projections tensor by tensor, in the order in which their neurons lie in it."""
+        return (("gate", "up"), ("down",)) if self.is_fused else tuple((role,) for role in self.roles)
+
     def name(self, role: Role, kind: Kind = "weight") -> str:
         """Return the name of the tensor that has a projection's weight or bias; KeyError without that projection."""
         return f"{self.prefix}{self.paths[role]}.{kind}"
@@ -71,9 +76,8 @@ class FFNLayout:
 
     def neuron_names(self) -> list[str]:
         """Return the names of all tensors that grow with the neurons: weights, then the biases that there may be."""
-        weights = [self.name(role) for role in self.roles]
-        biases = [self.name(role, "bias") for role in self.roles if role != "down"]
-        return list(dict.fromkeys([*weights, *biases]))
+        weights = [self.name(roles[0]) for roles in self.tensors]
+        return weights + [self.name(roles[0], "bias") for roles in self.tensors if roles != ("down",)]
 
     def biased_roles(self, names: Collection[str]) -> list[Role]:
         """Return the projections that have a bias in a checkpoint of these names."""
@@ -81,9 +85,11 @@ class FFNLayout:
 
     def zero_biases(self, neurons: int, dtype: torch.dtype) -> dict[str, Op]:
         """Return the ops of gate and up biases that are zero, by their names; the one behind ``down`` is not there."""
-        rows = 2 * neurons if self.is_fused else neurons
-        names = [self.name(role, "bias") for role in self.roles if role != "down"]
-        return {name: Const(torch.zeros(rows, dtype=dtype)) for name in dict.fromkeys(names)}
+        return {
+            self.name(roles[0], "bias"): Const(torch.zeros(len(roles) * neurons, dtype=dtype))
+            for roles in self.tensors
+            if roles != ("down",)
+        }
 
     def as_stored(self, weight: Tensor) -> Tensor:
         """Return a weight [out, in] as it lies here."""
@@ -119,31 +125,28 @@ def neuron_ops(checkpoint: Checkpoint, source: FFNLayout, target: FFNLayout, neu
         target: the layout of what is written, with the same projections.
         neurons_N: int64, numbers of the source's neurons in the order in which the target has them.
     """
-    # where gate and up are one tensor, up's rows lie behind all of gate's; down's neurons are those of one projection
-    second = checkpoint.shape(source.name("down"))[source.neuron_dim("down")] if source.is_fused else 0
+    # up lies behind all neurons of gate where both are one tensor; down has each neuron once
+    up_begins = checkpoint.shape(source.name("down"))[source.neuron_dim("down")] if source.is_fused else 0
 
     def take(kind: Kind, *roles: Role, transpose: bool) -> Op:
         name, dim = source.name(roles[0], kind), source.neuron_dim(roles[0])
-        index = torch.cat([neurons_N + second if role == "up" else neurons_N for role in roles])
+        index = torch.cat([neurons_N + up_begins if role == "up" else neurons_N for role in roles])
         return Take(name, index) if kind == "bias" else Take(name, index, dim=dim, transpose=transpose)
 
-    ops: dict[str, Op] = {}
-    for role in target.roles:
-        for kind in _KINDS:
-            name = target.name(role, kind)
-            if name in ops or (kind == "bias" and source.name(role, kind) not in checkpoint):
-                continue
-            changes = source.is_transposed != target.is_transposed
-            if role == "down" and kind == "bias":
-                ops[name] = Copy(source.name(role, kind))
-            elif role == "down" or not target.is_fused:
-                ops[name] = take(kind, role, transpose=changes)
-            elif source.is_fused:
-                ops[name] = take(kind, "gate", "up", transpose=changes)
-            else:
-                halves = Stack(tuple(take(kind, half, transpose=source.is_transposed) for half in ("gate", "up")))
-                ops[name] = Transposed(halves) if target.is_transposed and kind == "weight" else halves
-    return ops
+    def op(kind: Kind, roles: tuple[Role, ...]) -> Op:
+        if kind == "bias" and roles == ("down",):
+            return Copy(source.name("down", "bias"))
+        if len(roles) == 1 or source.is_fused:
+            return take(kind, *roles, transpose=source.is_transposed != target.is_transposed)
+        halves = Stack(tuple(take(kind, role, transpose=source.is_transposed) for role in roles))
+        return Transposed(halves) if kind == "weight" and target.is_transposed else halves
+
+    return {
+        target.name(roles[0], kind): op(kind, roles)
+        for roles in target.tensors
+        for kind in _KINDS
+        if kind == "weight" or source.name(roles[0], kind) in checkpoint
+    }
 
 
 @dataclass(frozen=True, slots=True)
