@@ -283,8 +283,8 @@ def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: Role
 def _what_is_there(checkpoint: Checkpoint, family: Family, layer: int, neurons: int, lists: Counter[str]) -> str:
     """Return which matrices a layer has that could be an FFN's, or where the layers lie."""
     prefix = f"{family.layers}.{layer}."
-    found = [name for name in checkpoint if name.startswith(prefix) and len(checkpoint.shape(name)) == 2]
-    wide = [name for name in found if {neurons, 2 * neurons} & set(checkpoint.shape(name))] or found
+    matrices = [name for name in checkpoint if name.startswith(prefix) and len(checkpoint.shape(name)) == 2]
+    wide = [name for name in matrices if {neurons, 2 * neurons} & set(checkpoint.shape(name))] or matrices
     shown = [f"'{name.removeprefix(prefix)[:60]}' {list(checkpoint.shape(name))}" for name in wide[:4]]
     if shown:
         return f"layer {layer} has {', '.join(shown)}"

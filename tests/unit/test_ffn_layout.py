@@ -61,7 +61,7 @@ def ffn(family: Family, is_biased: bool) -> FFNWeights:
     )
 
 
-def stored(family: Family, weights: FFNWeights, layer: int) -> dict[str, Tensor]:
+def tensors_of(family: Family, weights: FFNWeights, layer: int) -> dict[str, Tensor]:
     """Return an FFN's tensors as a checkpoint of the family has them, spelt out from its row."""
     prefix = f"{family.layers}.{layer}."
     tensors: dict[str, Tensor | None] = {
@@ -84,7 +84,7 @@ def stored(family: Family, weights: FFNWeights, layer: int) -> dict[str, Tensor]
     }
 
 
-def taken(weights: FFNWeights, neurons_N: Tensor) -> FFNWeights:
+def some_neurons(weights: FFNWeights, neurons_N: Tensor) -> FFNWeights:
     """Return an FFN of some of the neurons."""
 
     def rows(tensor: Tensor | None) -> Tensor | None:
@@ -103,7 +103,7 @@ def checkpoint(directory: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint(directory)
 
 
-def made(ops: dict[str, Op], source: Checkpoint) -> dict[str, Tensor]:
+def outputs_of(ops: dict[str, Op], source: Checkpoint) -> dict[str, Tensor]:
     """Return what ops make, once it is seen that their shapes and their pieces say the same."""
     shapes = {name: source.shape(name) for name in source}
     tensors = {name: op.make(source) for name, op in ops.items()}
@@ -115,25 +115,25 @@ def made(ops: dict[str, Op], source: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 @cases
 def test_an_ffn_is_read_as_plain_matrices(case: str) -> None:
     family, is_biased = CASES[case]
     weights = ffn(family, is_biased)
-    found = read_ffn(stored(family, weights, 7), family, 7)
+    same = read_ffn(tensors_of(family, weights, 7), family, 7)
     for field in FFNWeights.__slots__:
-        one, other = getattr(found, field), getattr(weights, field)
+        one, other = getattr(same, field), getattr(weights, field)
         assert (one is None) == (other is None), field
         assert one is None or torch.equal(one, other), field
 
 
 def test_an_ffn_that_lacks_a_matrix_is_named() -> None:
     family = FAMILIES["llama"]
-    tensors = stored(family, ffn(family, False), 0)
+    tensors = tensors_of(family, ffn(family, False), 0)
     del tensors["model.layers.0.mlp.gate_proj.weight"]
     with pytest.raises(KeyError, match=r"^'model\.layers\.0\.mlp\.gate_proj\.weight'$"):
         read_ffn(tensors, family, 0)
@@ -144,7 +144,7 @@ def test_neurons_are_taken_into_plain_layers(case: str, tmp_path: Path) -> None:
     family, is_biased = CASES[case]
     weights, layout = ffn(family, is_biased), dense_layout(family, 1)
     plain = plain_layout("tied.", has_gate=family.gate is not None)
-    ops = neuron_ops(checkpoint(tmp_path, stored(family, weights, 1)), layout, plain, TAKEN_N)
+    ops = neuron_ops(checkpoint(tmp_path, tensors_of(family, weights, 1)), layout, plain, TAKEN_N)
     as_llama = Family(
         model_type="llama",
         layers="tied",
@@ -152,9 +152,9 @@ def test_neurons_are_taken_into_plain_layers(case: str, tmp_path: Path) -> None:
         up="up_proj",
         down="down_proj",
     )
-    expected = stored(as_llama, taken(weights, TAKEN_N), 0)
+    expected = tensors_of(as_llama, some_neurons(weights, TAKEN_N), 0)
     expected = {name.replace("tied.0.", "tied."): tensor for name, tensor in expected.items()}
-    assert_same(made(ops, Checkpoint(tmp_path)), expected)
+    assert_same(outputs_of(ops, Checkpoint(tmp_path)), expected)
     # one op a tensor, and the bias behind down belongs to no neuron
     kinds = {name: Copy if name == "tied.down_proj.bias" else Take for name in expected}
     assert {name: type(op) for name, op in ops.items()} == kinds
@@ -165,18 +165,18 @@ def test_neurons_of_plain_layers_are_written_into_every_layout(case: str, tmp_pa
     family, is_biased = CASES[case]
     weights = ffn(family, is_biased)
     paths = {"gate": None if family.gate is None else "mlp.gate_proj"}
-    tied = checkpoint(tmp_path, stored(Family(model_type="llama", **paths), weights, 0))
+    tied = checkpoint(tmp_path, tensors_of(Family(model_type="llama", **paths), weights, 0))
     ops = neuron_ops(tied, plain_layout("model.layers.0.mlp."), dense_layout(family, 0), TAKEN_N)
-    assert_same(made(ops, tied), stored(family, taken(weights, TAKEN_N), 0))
+    assert_same(outputs_of(ops, tied), tensors_of(family, some_neurons(weights, TAKEN_N), 0))
 
 
 @cases
 def test_fewer_neurons_stay_in_their_layout(case: str, tmp_path: Path) -> None:
     family, is_biased = CASES[case]
     weights, layout = ffn(family, is_biased), dense_layout(family, 0)
-    source = checkpoint(tmp_path, stored(family, weights, 0))
+    source = checkpoint(tmp_path, tensors_of(family, weights, 0))
     ops = neuron_ops(source, layout, layout, TAKEN_N)
-    assert_same(made(ops, source), stored(family, taken(weights, TAKEN_N), 0))
+    assert_same(outputs_of(ops, source), tensors_of(family, some_neurons(weights, TAKEN_N), 0))
     # a tensor that is gate and up is taken from in one go
     assert not any(isinstance(op, Stack) for op in ops.values())
 
@@ -185,17 +185,17 @@ def test_fewer_neurons_stay_in_their_layout(case: str, tmp_path: Path) -> None:
 def test_no_neurons_are_an_ffn_too(case: str, tmp_path: Path) -> None:
     family, is_biased = CASES[case]
     weights, layout = ffn(family, is_biased), dense_layout(family, 0)
-    source, none_N = checkpoint(tmp_path, stored(family, weights, 0)), TAKEN_N[:0]
-    found = {name: op.make(source) for name, op in neuron_ops(source, layout, layout, none_N).items()}
-    assert_same(found, stored(family, taken(weights, none_N), 0))
+    source, none_N = checkpoint(tmp_path, tensors_of(family, weights, 0)), TAKEN_N[:0]
+    tensors = {name: op.make(source) for name, op in neuron_ops(source, layout, layout, none_N).items()}
+    assert_same(tensors, tensors_of(family, some_neurons(weights, none_N), 0))
 
 
 @cases
 def test_tensors_that_grow_with_the_neurons_are_named(case: str) -> None:
     family, is_biased = CASES[case]
     weights, layout = ffn(family, is_biased), dense_layout(family, 2)
-    tensors = stored(family, weights, 2)
-    smaller = stored(family, taken(weights, TAKEN_N), 2)
+    tensors = tensors_of(family, weights, 2)
+    smaller = tensors_of(family, some_neurons(weights, TAKEN_N), 2)
     growing = {name for name in tensors if tensors[name].shape != smaller[name].shape}
     names = layout.neuron_names()
     assert len(names) == len(set(names))
@@ -210,7 +210,7 @@ def test_tensors_that_grow_with_the_neurons_are_named(case: str) -> None:
 @cases
 def test_biases_that_are_added_are_as_long_as_those_that_are_there(case: str) -> None:
     family, _ = CASES[case]
-    tensors = stored(family, ffn(family, True), 0)
+    tensors = tensors_of(family, ffn(family, True), 0)
     zeros = dense_layout(family, 0).zero_biases(NEURONS, torch.float16)
     behind = f"{family.layers}.0.{family.down}.bias"
     assert zeros.keys() == {name for name in tensors if name.endswith(".bias")} - {behind}

@@ -63,19 +63,19 @@ def modular_plan(
         target = f"{family.layers}.{layer}.{family.ffn}"
         dense, tied = dense_layout(family, layer), plain_layout(f"{target}.", has_gate=family.gate is not None)
         index_F = neuron_order(partition, order_S)
-        made = neuron_ops(source, dense, tied, index_F)
-        replaced.update(name for op in made.values() for name in op.inputs)
+        layer_ops = neuron_ops(source, dense, tied, index_F)
+        replaced.update(name for op in layer_ops.values() for name in op.inputs)
         dtype = source.dtype(dense.name("down"))
         if fit.down_DF is not None:
             dropped.add(dense.name("down"))
-            made[tied.name("down")] = Const(tied.as_stored(fit.down_DF[:, index_F].to(dtype)))
-        made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
+            layer_ops[tied.name("down")] = Const(tied.as_stored(fit.down_DF[:, index_F].to(dtype)))
+        layer_ops[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
         # int32, since collectives that bring buffers to other processes know no int16
         place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
         place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
-        made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
-        made.update(_router_ops(target, fit, order_S, dtype, has_constant))
-        ops.update(made)
+        layer_ops[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
+        layer_ops.update(_router_ops(target, fit, order_S, dtype, has_constant))
+        ops.update(layer_ops)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
     config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
