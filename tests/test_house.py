@@ -58,3 +58,37 @@ def test_a_conversion_is_told_by_its_row_alone() -> None:
         if module != "modmoe.conversion.table"
     }
     assert {module: lines for module, lines in found.items() if lines} == {}
+
+
+_FFN_NAMES = re.compile(
+    r"gate_up|(?:gate|up|down)_proj|\bc_(?:fc|proj)\b|\bfc[12]\b|dense_\w+_to_\w+"
+    # a name that is put together from a role; those of the attention are no FFN's
+    r"|(?<!self_attn\.)\{\w+\}_proj"
+    r"|\.(?:is_)?(?:fused|transposed)\b"
+)
+_MAY_NAME_FFNS = {
+    "modmoe.models.ffn_layout": "it interprets them",
+    "modmoe.models.families": "its rows say where they lie",
+    "modmoe.modeling": "is copied beside exported weights, and names the layers that it defines itself",
+    "modmoe.adapters.methods": "is copied too, and finds the layers that it hooks by transformers' names for them",
+    "modmoe.adapters.mechanism.targets": "is copied too, and measures the fused experts of a model in memory",
+    "modmoe.storage.kinds.quantized": "lies below, and tells weights by the ends of their names without reading one",
+    "modmoe.analysis.passes.stream": "asks a layer of a model in memory for its weight",
+    "modmoe.training.trainable": "names layers of a model in memory for PEFT, and says how they store their weights",
+}
+"""Files, and folders of them, with the reason why."""
+
+
+def test_tensors_of_ffns_are_interpreted_in_one_file() -> None:
+    """No other file spells their names, or asks a family whether they are fused or transposed."""
+    naming = {
+        module: sorted(set(found))
+        for module, file in house.sources().items()
+        if (found := _FFN_NAMES.findall(file.read_text(encoding="utf-8")))
+    }
+    held = {module: place for module in naming for place in _MAY_NAME_FFNS if f"{module}.".startswith(f"{place}.")}
+    assert {module: words for module, words in naming.items() if module not in held} == {}
+    assert set(held.values()) == set(_MAY_NAME_FFNS), "an exception that nothing needs any more"
+    # which would see these
+    for line in ('f"{prefix}up_proj.weight"', 'f"{stored}{role}_proj.weight"', "family.fused", "layout.is_transposed"):
+        assert _FFN_NAMES.search(line), line

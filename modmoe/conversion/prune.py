@@ -44,14 +44,14 @@ from modmoe.errors import RecipeError, did_you_mean
 from modmoe.formats.tied_code import own_files
 from modmoe.models.counts import dense_neurons, tensor_parameters
 from modmoe.models.families import Family
-from modmoe.models.ffn_layout import FFNWeights
+from modmoe.models.ffn_layout import FFNWeights, dense_layout, neuron_ops
 from modmoe.models.loading import own_code
 from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import PartitionRecipe, Recipe
 from modmoe.runtime import ranks
 from modmoe.runtime.progress import Progress, counter
 from modmoe.storage.checkpoint import Checkpoint
-from modmoe.storage.plan import Const, Copy, Op, Plan, Take
+from modmoe.storage.plan import Const, Copy, Op, Plan
 
 SCORES = (*NEURON_SCORES, "random")
 """Names of the scores."""
@@ -268,26 +268,17 @@ def prune_plan(source: Source, pruned: Sequence[PrunedFFN]) -> Plan:
     """Return the plan of the same model with the neurons that are kept, in the names and the layout of the source."""
     checkpoint, family = source.checkpoint, source.family
     ops: dict[str, Op] = {name: Copy(name) for name in checkpoint}
-    neuron_dim = 1 if family.transposed else 0
-    adds_bias = pruned[0].bias_D is not None and f"{family.layers}.0.{family.down}.bias" not in checkpoint
+    adds_bias = pruned[0].bias_D is not None and "down" not in dense_layout(family, 0).biased_roles(checkpoint)
     for layer, ffn in enumerate(pruned):
-        prefix = f"{family.layers}.{layer}."
-        paths = (family.up,) if family.fused or family.gate is None else (family.gate, family.up)
-        rows = torch.cat([ffn.kept_N, ffn.kept_N + source.neurons]) if family.fused else ffn.kept_N
-        for path in paths:
-            name = f"{prefix}{path}"
-            ops[f"{name}.weight"] = Take(f"{name}.weight", rows, dim=neuron_dim)
-            if f"{name}.bias" in checkpoint:
-                ops[f"{name}.bias"] = Take(f"{name}.bias", rows)
-            elif adds_bias:
-                # Llama's mlp_bias gives all three projections one
-                ops[f"{name}.bias"] = Const(torch.zeros(len(rows), dtype=checkpoint.dtype(f"{name}.weight")))
-        down = f"{prefix}{family.down}"
-        ops[f"{down}.weight"] = Take(f"{down}.weight", ffn.kept_N, dim=1 - neuron_dim)
+        layout = dense_layout(family, layer)
+        if adds_bias:
+            # Llama's mlp_bias gives all three projections one
+            ops.update(layout.zero_biases(len(ffn.kept_N), checkpoint.dtype(layout.name("up"))))
+        ops.update(neuron_ops(checkpoint, layout, layout, ffn.kept_N))
         if ffn.down_DN is not None:
-            ops[f"{down}.weight"] = Const(ffn.down_DN.T.contiguous() if family.transposed else ffn.down_DN)
+            ops[layout.name("down")] = Const(layout.as_stored(ffn.down_DN))
         if ffn.bias_D is not None:
-            ops[f"{down}.bias"] = Const(ffn.bias_D)
+            ops[layout.name("down", "bias")] = Const(ffn.bias_D)
     used = {name for op in ops.values() for name in op.inputs}
     return Plan(_config(source, len(pruned[0].kept_N), adds_bias), ops, frozenset(checkpoint.keys() - used))
 

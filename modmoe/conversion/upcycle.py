@@ -37,6 +37,7 @@ from modmoe.formats.card.upcycled import write_upcycled_card
 from modmoe.formats.native.plan import native_export
 from modmoe.formats.proof.verify import verify
 from modmoe.models.counts import count_sizes, tensor_parameters
+from modmoe.models.ffn_layout import PLAIN, ROLES, dense_layout, plain_layout
 from modmoe.models.inspection import inspect
 from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import Recipe
@@ -46,7 +47,6 @@ from modmoe.storage.plan import Copy, Op, Plan, Shape, Take
 LOG = logging.getLogger(__name__)
 
 _ROUTER_STD = 0.02
-_ROLES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,8 +188,6 @@ def lay_out(recipe: Recipe, source: Source) -> None:
     """
     checkpoint, family = source.checkpoint, source.family
     experts, top_k = check_counts(recipe)
-    first = f"{family.layers}.0."
-    paths = zip(_ROLES, (family.gate, family.up, family.down), strict=True)
     dense = {key: checkpoint.config[key] for key in ("model_type", "architectures") if key in checkpoint.config}
     checkpoint.config = {
         **copy.deepcopy(checkpoint.config),
@@ -199,7 +197,7 @@ def lay_out(recipe: Recipe, source: Source) -> None:
         "combine": "sum",
         "module_size": source.neurons,
         "dense_intermediate_size": source.neurons,
-        "ffn_biases": [role for role, path in paths if f"{first}{path}.bias" in checkpoint],
+        "ffn_biases": dense_layout(family, 0).biased_roles(checkpoint),
         "ffn_activation": source.settings[family.activation],
     }
     width = int(source.settings.get("hidden_size") or 0)
@@ -207,7 +205,7 @@ def lay_out(recipe: Recipe, source: Source) -> None:
         prefix = f"{family.layers}.{layer}."
         draw = torch.Generator().manual_seed(_seed(recipe, layer))
         router_ED = torch.empty(experts, width).normal_(std=_ROUTER_STD, generator=draw)
-        dtype = checkpoint.dtype(f"{prefix}{family.up}.weight")
+        dtype = checkpoint.dtype(dense_layout(family, layer).name("up"))
         checkpoint.add(
             {
                 f"{prefix}{family.ffn}.router.weight": router_ED.to(dtype),
@@ -227,7 +225,8 @@ def take(recipe: Recipe, source: Source, name: str, neurons: Tensor, dim: int) -
     layer = int(name.removeprefix(f"{source.family.layers}.").partition(".")[0])
     draw = torch.Generator().manual_seed(_seed(recipe, layer, expert))
     index_N = torch.randperm(source.neurons, generator=draw)[:drawn].sort().values
-    role = next(number for number, role in enumerate(_ROLES, 1) if f".{role}_proj." in name)
+    stored = plain_layout(f"{source.family.layers}.{layer}.{source.family.ffn}.")
+    role = ROLES.index(stored.role_of(name)) + 1
     return Redrawn(name, index_N, dim, _seed(recipe, layer, expert, role))
 
 
@@ -270,19 +269,17 @@ class Mixture(nn.Module):
         """Make them from the FFN of the dense model's decoder layer."""
         super().__init__()
         family, tensors = source.family, source.checkpoint
-        prefix, ffn = f"{family.layers}.{layer}.", decoder.get_submodule(family.ffn)
+        stored, ffn = plain_layout(f"{family.layers}.{layer}.{family.ffn}."), decoder.get_submodule(family.ffn)
         self.top_k = recipe.router.top_k
-        self.register_buffer("router_ED", tensors[f"{prefix}{family.ffn}.router.weight"])
+        self.register_buffer("router_ED", tensors[f"{stored.prefix}router.weight"])
         experts = []
         for expert in range(check_counts(recipe)[0]):
             neurons = torch.arange(source.neurons) + expert * source.neurons
             made: Any = copy.deepcopy(ffn)
-            for role, dim in zip(_ROLES, (0, 0, 1), strict=True):
-                name = f"{prefix}{family.ffn}.{role}_proj.weight"
+            for role in stored.roles:
+                op = take(recipe, source, stored.name(role), neurons, stored.neuron_dim(role))
                 with torch.no_grad():
-                    made.get_submodule(f"{role}_proj").weight.copy_(
-                        take(recipe, source, name, neurons, dim).make(tensors)
-                    )
+                    made.get_submodule(PLAIN[role]).weight.copy_(op.make(tensors))
             experts.append(made)
         self.experts = nn.ModuleList(experts)
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from modmoe.errors import CheckpointError, ExportError, did_you_mean
 from modmoe.modeling.configuration_modmoe import ModularFields
 from modmoe.models.families import FAMILIES, Family, family_of, layers_of
+from modmoe.models.ffn_layout import dense_layout, neuron_ops, plain_layout, prefix_of
 from modmoe.models.loading import own_code
 from modmoe.recipe.schema import load_recipe
 from modmoe.storage.checkpoint import Checkpoint
-from modmoe.storage.plan import Const, Copy, Op, Plan, Shape, Stack, Take
+from modmoe.storage.plan import Copy, Op, Plan, Shape
 
 RECIPE = "modmoe.yaml"
 _RESTORED = ("model_type", "architectures", "auto_map")
@@ -84,14 +85,14 @@ def dense_plan(tied: Checkpoint, family: Family, expert: str) -> Plan:
     widths: set[int] = set()
     adds_bias = False
     for layer in range(layers_of(tied.config)):
-        prefix = ffn_prefix(tied.config, layer)
+        stored = plain_layout(prefix_of(tied.config, layer))
         neurons_N = expert_neurons(tied, layer, number)
         widths.add(len(neurons_N))
-        ops.update(_layer_ops(tied, family, layer, neurons_N))
+        ops.update(neuron_ops(tied, stored, dense_layout(family, layer), neurons_N))
         if tied.config.get("compensation", False):
-            adds_bias |= f"{prefix}down_proj.bias" not in tied
+            adds_bias |= "down" not in stored.biased_roles(tied)
             ops.update(_compensation_ops(tied, family, layer, number, len(neurons_N)))
-        replaced.update(name for name in tied if name.startswith(prefix))
+        replaced.update(name for name in tied if name.startswith(stored.prefix))
     if len(widths) != 1:
         raise ExportError(f"{tied.directory}: expert '{expert}' has {sorted(widths)} neurons; layers must agree.")
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in tied if name not in replaced}
@@ -113,15 +114,10 @@ def expert_number(config: Mapping[str, Any], expert: str) -> int:
 
 def expert_neurons(tied: Checkpoint, layer: int, expert: int) -> Tensor:
     """Return the numbers of the stored neurons that an expert has in a layer, in the order stored."""
-    member_ES = tied[f"{ffn_prefix(tied.config, layer)}membership"]
+    member_ES = tied[f"{prefix_of(tied.config, layer)}membership"]
     modules_R = member_ES[expert].nonzero().squeeze(-1)
     size = int(tied.config["module_size"])
     return (modules_R[:, None] * size + torch.arange(size)).flatten()
-
-
-def ffn_prefix(config: Mapping[str, Any], layer: int) -> str:
-    """Return what the names of a tied layer's FFN tensors begin with."""
-    return f"{config.get('ffn_layers', 'model.layers')}.{layer}.{config.get('ffn_path', 'mlp')}."
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,55 +164,25 @@ def _kept_name(name: str, family: Family) -> str:
     return f"{family.head}.{name.removeprefix('lm_head.')}" if name.startswith("lm_head.") else name
 
 
-def _layer_ops(tied: Checkpoint, family: Family, layer: int, neurons_N: Tensor) -> dict[str, Op]:
-    stored = ffn_prefix(tied.config, layer)
-    made = f"{family.layers}.{layer}."
-    ops: dict[str, Op] = {}
-
-    def rows(role: str, kind: str) -> Op:
-        transposed = family.transposed and kind == "weight"
-        return Take(f"{stored}{role}.{kind}", neurons_N, transpose=transposed)
-
-    for kind in ("weight", "bias"):
-        if f"{stored}up_proj.{kind}" not in tied:
-            continue
-        if family.fused:
-            ops[f"{made}{family.up}.{kind}"] = Stack((rows("gate_proj", kind), rows("up_proj", kind)))
-            continue
-        if family.gate is not None and f"{stored}gate_proj.{kind}" in tied:
-            ops[f"{made}{family.gate}.{kind}"] = rows("gate_proj", kind)
-        ops[f"{made}{family.up}.{kind}"] = rows("up_proj", kind)
-    ops[f"{made}{family.down}.weight"] = Take(
-        f"{stored}down_proj.weight", neurons_N, dim=1, transpose=family.transposed
-    )
-    if f"{stored}down_proj.bias" in tied:
-        ops[f"{made}{family.down}.bias"] = Copy(f"{stored}down_proj.bias")
-    return ops
-
-
 def _compensation_ops(tied: Checkpoint, family: Family, layer: int, expert: int, neurons: int) -> dict[str, Op]:
     """Return the down bias that holds the skipped modules' means, and the biases that a family wants with it."""
-    stored = ffn_prefix(tied.config, layer)
-    made = f"{family.layers}.{layer}."
-    member_S = tied[f"{stored}membership"][expert]
+    stored, dense = plain_layout(prefix_of(tied.config, layer)), dense_layout(family, layer)
+    means = f"{stored.prefix}means"
+    member_S = tied[f"{stored.prefix}membership"][expert]
     # behind the modules' means, if it is there, stands what makes up for modules that no expert has
-    never = tied.shape(f"{stored}means")[0] - len(member_S)
+    never = tied.shape(means)[0] - len(member_S)
     skipped = torch.nn.functional.pad(~member_S, (0, never), value=True).nonzero().squeeze(-1)
-    bias = f"{stored}down_proj.bias"
+    bias = stored.name("down", "bias")
     if bias in tied:
-        return {f"{made}{family.down}.bias": FoldMeans(bias, f"{stored}means", skipped)}
+        return {dense.name("down", "bias"): FoldMeans(bias, means, skipped)}
     if family.model_type != "llama" or family.gate is None:
         raise ExportError(
             f"{tied.directory}: '{family.model_type}' has no bias to hold the compensation of skipped modules; use "
             "--form tied, or convert again without compensation."
         )
     # Llama's mlp_bias gives all three projections a bias; those of gate and up are zero
-    zeros_N = torch.zeros(neurons, dtype=tied.dtype(f"{stored}up_proj.weight"))
-    return {
-        f"{made}{family.gate}.bias": Const(zeros_N),
-        f"{made}{family.up}.bias": Const(zeros_N.clone()),
-        f"{made}{family.down}.bias": FoldMeans(None, f"{stored}means", skipped),
-    }
+    zeros = dense.zero_biases(neurons, tied.dtype(stored.name("up")))
+    return {**zeros, dense.name("down", "bias"): FoldMeans(None, means, skipped)}
 
 
 def source_of(directory: Path) -> str | None:

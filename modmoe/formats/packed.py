@@ -17,14 +17,15 @@ import torch
 import transformers
 
 from modmoe.errors import ExportError
-from modmoe.formats.dense import dense_config, expert_number, ffn_prefix
+from modmoe.formats.dense import dense_config, expert_number
 from modmoe.modeling.configuration_modmoe import ModularFields
 from modmoe.modeling.packed_modmoe import PREFIX, TYPE_PREFIX
 from modmoe.models.counts import largest_union, read_experts
 from modmoe.models.families import layers_of
+from modmoe.models.ffn_layout import neuron_ops, plain_layout, prefix_of
 from modmoe.models.loading import own_code
 from modmoe.storage.checkpoint import Checkpoint
-from modmoe.storage.plan import Const, Copy, Op, Plan, Take
+from modmoe.storage.plan import Const, Copy, Op, Plan
 
 _SILU = ("silu", "swish")
 ALIGNMENT = 8
@@ -57,7 +58,7 @@ def packed_plan(tied: Checkpoint, expert: str | None = None) -> Plan:
     ops: dict[str, Op] = {}
     replaced: set[str] = set()
     for layer in range(layers_of(config)):
-        stored = ffn_prefix(config, layer)
+        stored = prefix_of(config, layer)
         ops.update(_layer_ops(tied, stored, int(config["stored_modules"][layer]), size))
         replaced.update(name for name in tied if name.startswith(stored))
     kept: dict[str, Op] = {name: Copy(name) for name in tied if name not in replaced}
@@ -108,12 +109,12 @@ def _dense_name(config: Mapping[str, Any], key: str) -> str:
 
 def _layer_ops(tied: Checkpoint, stored: str, modules: int, size: int) -> dict[str, Op]:
     ops: dict[str, Op] = {}
+    ffn = plain_layout(stored)
     for module in range(modules):
-        for role, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            neurons_m = torch.arange(module * size, (module + 1) * size)
-            ops[f"{stored}experts.{module}.{role}.weight"] = Take(f"{stored}{role}.weight", neurons_m, dim)
+        neurons_m = torch.arange(module * size, (module + 1) * size)
+        ops.update(neuron_ops(tied, ffn, plain_layout(f"{stored}experts.{module}."), neurons_m))
     # zeros and ones, exact in every type; read as a parameter, since engines load no buffers
-    member_ES = tied[f"{stored}membership"].to(tied.dtype(f"{stored}up_proj.weight"))
+    member_ES = tied[f"{stored}membership"].to(tied.dtype(ffn.name("up")))
     ops[f"{stored}router.membership"] = Const(member_ES)
     renamed = {"router.weight": "router.scores", "router.hidden.weight": "router.hidden"}
     renamed |= {"router.output.weight": "router.scores", "means": "means"}

@@ -26,7 +26,8 @@ from typing import Any
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.modeling.configuration_modmoe import ModularFields
 from modmoe.models.families import Family, family_of, layers_of, neurons_of
-from modmoe.models.ffn_layout import check_ffns
+from modmoe.models.ffn_layout import check_ffns, dense_layout, plain_layout
+from modmoe.models.ffn_layout import prefix_of as prefix_of
 from modmoe.recipe.schema import Recipe
 from modmoe.storage.checkpoint import Checkpoint, resolve_source
 
@@ -174,11 +175,6 @@ def read_experts(checkpoint: Checkpoint) -> list[list[list[int]]]:
     return layers
 
 
-def prefix_of(config: Mapping[str, Any], layer: int) -> str:
-    """Return what the names of a tied layer's FFN tensors start with, its dot included."""
-    return f"{config.get('ffn_layers', 'model.layers')}.{layer}.{config.get('ffn_path', 'mlp')}."
-
-
 def stored_of(config: Mapping[str, Any]) -> list[int]:
     """Return the modules stored by each layer of a tied checkpoint; CheckpointError where config.json lacks a key."""
     for key in ("num_modules", "module_size", "num_experts", "num_experts_per_tok", "dense_intermediate_size"):
@@ -211,7 +207,7 @@ def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int
     config, sizes, counts = checkpoint.config, tensor_parameters(checkpoint), []
     for layer, (stored, chosen) in enumerate(zip(stored_of(config), experts, strict=True)):
         prefix = prefix_of(config, layer)
-        neurons = sum(sizes.get(prefix + name, 0) for name in _NEURONS)
+        neurons = sum(sizes.get(name, 0) for name in plain_layout(prefix).neuron_names())
         neurons += sum(size for name, size in sizes.items() if name.startswith(f"{prefix}experts."))
         if stored and neurons % stored:
             raise CheckpointError(
@@ -232,9 +228,6 @@ def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int
             )
         )
     return counts
-
-
-_NEURONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias")
 
 
 def count_tied(checkpoint: Checkpoint, layers: Sequence[LayerCounts]) -> Counts:
@@ -355,13 +348,12 @@ def dense_neurons(checkpoint: Checkpoint, family: Family, layers: int) -> list[s
     """
     names: list[str] = []
     for layer in range(layers):
-        needed = [f"{path}.weight" for path in dict.fromkeys((family.gate, family.up, family.down)) if path]
-        optional = [f"{path}.bias" for path in dict.fromkeys((family.gate, family.up)) if path]
-        for path in needed + optional:
-            name = f"{family.layers}.{layer}.{path}"
+        layout = dense_layout(family, layer)
+        needed = {layout.name(role) for role in layout.roles}
+        for name in layout.neuron_names():
             if name in checkpoint:
                 names.append(name)
-            elif path in needed:
+            elif name in needed:
                 raise CheckpointError(
                     f"{checkpoint.directory}: '{name}' is missing, which is of an FFN as the row of family "
                     f"'{family.model_type}' says; say under `family:` in a recipe where the FFNs lie."
@@ -371,9 +363,8 @@ def dense_neurons(checkpoint: Checkpoint, family: Family, layers: int) -> list[s
 
 def _added_bytes(checkpoint: Checkpoint, recipe: Recipe, family: Family, layers: int, num_experts: int) -> int:
     """Return the bytes of membership, routers and means at their largest."""
-    up = next(name for name in dense_neurons(checkpoint, family, 1) if name.endswith(f"{family.up}.weight"))
-    shape = checkpoint.shape(up)
-    width, modules = shape[0] if family.transposed else shape[1], recipe.partition.num_modules
+    layout, modules = dense_layout(family, 0), recipe.partition.num_modules
+    width = checkpoint.shape(layout.name("up"))[1 - layout.neuron_dim("up")]
     hidden = max(16, 4 * num_experts) if recipe.router.kind == "mlp" else 0
     router = hidden * (width + num_experts) if hidden else num_experts * width
     means = modules * width if recipe.router.compensation else 0

@@ -1,8 +1,7 @@
 """One row per dense architecture: where its FFNs lie. Data, no code of any model.
 
-A row names modules by their dotted path inside a decoder layer. The dense layout is the family's own (fused,
-transposed, biased); the tied layout is the same for all: ``{layers}.{i}.{ffn}.gate_proj|up_proj|down_proj`` as plain
-linear layers.
+A row names modules by their dotted path inside a decoder layer. What follows from it for the tensors of a checkpoint,
+``modmoe.models.ffn_layout`` says.
 """
 
 from __future__ import annotations

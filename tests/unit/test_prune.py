@@ -26,6 +26,7 @@ from modmoe.models.ffn_layout import FFNWeights, LazyFFNs
 from modmoe.models.inspection import inspect
 from modmoe.models.loading import load
 from modmoe.storage.checkpoint import Checkpoint
+from modmoe.storage.plan import Take
 from tests.support.tiny import NEURONS, save_dense, token_ids, write_tasks
 
 RECIPES = Path(str(files("modmoe.recipes")))
@@ -210,7 +211,7 @@ def test_a_lost_neuron_shows_in_the_proof(tmp_path: Path, monkeypatch: pytest.Mo
         order_N = pruned[1].kept_N.roll(1)
         plan = plain(source, pruned)
         name = "model.layers.1.mlp.up_proj.weight"
-        plan.ops[name] = prune.Take(name, order_N)
+        plan.ops[name] = Take(name, order_N)
         return plan
 
     monkeypatch.setattr(prune, "prune_plan", wrong)

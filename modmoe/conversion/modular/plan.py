@@ -25,10 +25,11 @@ from modmoe.conversion.modular.assignment import Assignment, seriate
 from modmoe.conversion.modular.layerwise import LayerFit
 from modmoe.conversion.modular.routers import RouterStart
 from modmoe.models.families import Family, neurons_of
+from modmoe.models.ffn_layout import dense_layout, neuron_ops, plain_layout
 from modmoe.models.loading import DenseClasses
 from modmoe.recipe.schema import Recipe
 from modmoe.storage.checkpoint import Checkpoint
-from modmoe.storage.plan import Const, Copy, Op, Plan, Take
+from modmoe.storage.plan import Const, Copy, Op, Plan
 from modmoe.version import __version__
 
 
@@ -59,21 +60,22 @@ def modular_plan(
     has_constant = leaves_constant(fits)
     for layer, (partition, fit, order_S) in enumerate(zip(partitions, fits, orders, strict=True)):
         assignment = fit.assignment
-        made = _layer_ops(source, family, layer, partition, order_S)
-        replaced.update(name for op in made.values() for name in op.inputs)
         target = f"{family.layers}.{layer}.{family.ffn}"
-        down = f"{family.layers}.{layer}.{family.down}"
-        dtype = source.dtype(f"{down}.weight")
+        dense, tied = dense_layout(family, layer), plain_layout(f"{target}.", has_gate=family.gate is not None)
+        index_F = neuron_order(partition, order_S)
+        layer_ops = neuron_ops(source, dense, tied, index_F)
+        replaced.update(name for op in layer_ops.values() for name in op.inputs)
+        dtype = source.dtype(dense.name("down"))
         if fit.down_DF is not None:
-            dropped.update(made[f"{target}.down_proj.weight"].inputs)
-            made[f"{target}.down_proj.weight"] = Const(fit.down_DF[:, neuron_order(partition, order_S)].to(dtype))
-        made[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
+            dropped.add(dense.name("down"))
+            layer_ops[tied.name("down")] = Const(tied.as_stored(fit.down_DF[:, index_F].to(dtype)))
+        layer_ops[f"{target}.membership"] = Const(assignment.membership_EM[:, order_S].clone())
         # int32, since collectives that bring buffers to other processes know no int16
         place_M = torch.zeros(partition.num_modules, dtype=torch.int32)
         place_M[order_S] = torch.arange(len(order_S), dtype=torch.int32)
-        made[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
-        made.update(_router_ops(target, fit, order_S, dtype, has_constant))
-        ops.update(made)
+        layer_ops[f"{target}.ranking"] = Const(place_M[assignment.ranking_ER])
+        layer_ops.update(_router_ops(target, fit, order_S, dtype, has_constant))
+        ops.update(layer_ops)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
     config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
@@ -95,34 +97,6 @@ def neuron_order(partition: Partition, order_S: Tensor) -> Tensor:
 def _kept_name(name: str, family: Family) -> str:
     head = f"{family.head}."
     return f"lm_head.{name.removeprefix(head)}" if name.startswith(head) else name
-
-
-def _layer_ops(source: Checkpoint, family: Family, layer: int, partition: Partition, order_S: Tensor) -> dict[str, Op]:
-    index_F = neuron_order(partition, order_S)
-    neurons = len(partition.module_F)
-    dense = f"{family.layers}.{layer}."
-    target = f"{family.layers}.{layer}.{family.ffn}."
-    ops: dict[str, Op] = {}
-
-    def rows(path: str, into: str, offset: int) -> None:
-        name = f"{dense}{path}"
-        taken_F = index_F + offset
-        ops[f"{target}{into}.weight"] = Take(
-            f"{name}.weight", taken_F, dim=1 if family.transposed else 0, transpose=family.transposed
-        )
-        if f"{name}.bias" in source:
-            ops[f"{target}{into}.bias"] = Take(f"{name}.bias", taken_F)
-
-    if family.gate is not None:
-        rows(family.gate, "gate_proj", 0)
-    rows(family.up, "up_proj", neurons if family.fused else 0)
-    down = f"{dense}{family.down}"
-    ops[f"{target}down_proj.weight"] = Take(
-        f"{down}.weight", index_F, dim=0 if family.transposed else 1, transpose=family.transposed
-    )
-    if f"{down}.bias" in source:
-        ops[f"{target}down_proj.bias"] = Copy(f"{down}.bias")
-    return ops
 
 
 def _router_ops(target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype, has_constant: bool) -> dict[str, Op]:
@@ -151,9 +125,6 @@ def _fields(
     classes: DenseClasses,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    first_layer = f"{family.layers}.0."
-    roles = (("gate", family.gate), ("up", family.up), ("down", family.down))
-    biases = [role for role, path in roles if path is not None and f"{first_layer}{path}.bias" in source]
     auto_map = {
         "AutoConfig": f"configuration_modmoe.ModMoE{classes.config.__name__}",
         "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{classes.causal_lm.__name__}",
@@ -183,7 +154,7 @@ def _fields(
         "ffn_path": family.ffn,
         "ffn_bypass": list(family.bypass),
         "ffn_gated": family.gate is not None,
-        "ffn_biases": biases,
+        "ffn_biases": dense_layout(family, 0).biased_roles(source),
         "ffn_activation": settings[family.activation],
         "ffn_dropout": float(settings[family.dropout]) if family.dropout else 0.0,
         "dense_intermediate_size": neurons_of(settings, family),

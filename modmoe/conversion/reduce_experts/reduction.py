@@ -286,7 +286,7 @@ def reduce_model(model: Any, choices: Mapping[int, Choice], top_k: int) -> Any:
         choice, experts, router = choices[layer], block.experts, block.gate
         count = len(choice.groups)
         pairs = list(zip(choice.groups, choice.shares, strict=True))
-        for tensor in (experts.gate_up_proj, experts.down_proj, *router.parameters(), *router.buffers()):
+        for tensor in (*experts.parameters(), *router.parameters(), *router.buffers()):
             tensor.data = torch.stack([_weighted_sum(tensor[list(group)], shares) for group, shares in pairs])
         experts.num_experts = router.num_experts = count
         router.top_k = top_k

@@ -23,9 +23,9 @@ from modmoe.errors import ExportError, did_you_mean
 from modmoe.formats.native.plan import CARRIED
 from modmoe.formats.native.targets import TARGETS as NATIVE
 from modmoe.formats.native.targets import Target
+from modmoe.models.ffn_layout import PLAIN, ROLES, FFNLayout, plain_layout
 from modmoe.storage.plan import Const, Op, Plan, Shape
 
-_PARTS = ("gate_proj", "up_proj", "down_proj")
 # names that weights get where another adapter wraps their layer
 _WRAPPED = ("base_layer", "modules_to_save", "original_module", "parametrizations")
 
@@ -97,26 +97,30 @@ def expand_mixlora(
     reason = _why_not(kind, config, weights, adapters, client)
     if reason:
         raise ExportError(f"{target_name} can't hold {reason}")
-    dtype_made = dtype or weights[f"model.layers.{next(iter(adapters))}.{FFN}.gate_proj.weight"].dtype
+    dtype_made = dtype or weights[_ffn(next(iter(adapters))).name("gate")].dtype
     ops: dict[str, Op] = {key: Add(key, dtype=dtype) for key in weights}
     for layer, adapter in adapters.items():
         prefix = f"model.layers.{layer}."
         for projection in adapter.settings.attention_modules:
             key = f"{prefix}{ATTENTION}.{projection}.weight"
             ops[key] = Add(key, partial(adapter.weight_change, projection), dtype)
-        for part in _PARTS:
-            del ops[f"{prefix}{FFN}.{part}.weight"]
+        for role in ROLES:
+            del ops[_ffn(layer).name(role)]
         ops[f"{prefix}{kind.router}"] = Const(adapter.router_ED.detach().to(dtype_made))
         for expert in range(adapter.settings.num_experts):
-            for part, written in zip(_PARTS, (kind.experts.gate, kind.experts.up, kind.experts.down), strict=True):
+            for role, written in zip(ROLES, (kind.experts.gate, kind.experts.up, kind.experts.down), strict=True):
                 ops[prefix + written.format(expert=expert)] = Add(
-                    f"{prefix}{FFN}.{part}.weight", partial(adapter.weight_change, part, expert), dtype
+                    _ffn(layer).name(role), partial(adapter.weight_change, PLAIN[role], expert), dtype
                 )
     made = _config(kind, config, adapters, dtype_made)
     if made["tie_word_embeddings"] and client not in kind.ties:
         made["tie_word_embeddings"] = False
         ops["lm_head.weight"] = Add("model.embed_tokens.weight", dtype=dtype)
     return Plan(made, ops)
+
+
+def _ffn(layer: int) -> FFNLayout:
+    return plain_layout(f"model.layers.{layer}.{FFN}.")
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:

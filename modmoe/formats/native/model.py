@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from modmoe.formats.dense import dense_config, ffn_prefix
+from modmoe.formats.dense import dense_config
 from modmoe.formats.native.gates import COLD, Gate, choose_gate
 from modmoe.formats.native.targets import Target
 from modmoe.models.families import layers_of
+from modmoe.models.ffn_layout import plain_layout, prefix_of
 from modmoe.storage.checkpoint import Checkpoint
 from modmoe.storage.plan import Op, Take
 
@@ -36,9 +37,9 @@ class TiedModel:
         self.top_k = int(self.config.get("num_experts_per_tok", 1))
         self.weighted = self.top_k > 1 and self.config.get("combine", "union") == "sum"
         self.module_size = int(self.config["module_size"])
-        self.dtype = dtype or tied.dtype(f"{ffn_prefix(self.config, 0)}up_proj.weight")
+        self.dtype = dtype or tied.dtype(plain_layout(prefix_of(self.config, 0)).name("up"))
         self.members_ES = [
-            tied[f"{ffn_prefix(self.config, layer)}membership"].bool() for layer in range(layers_of(self.config))
+            tied[f"{prefix_of(self.config, layer)}membership"].bool() for layer in range(layers_of(self.config))
         ]
         self.cores = [member_ES.all(0) & (self.num_experts > 1) for member_ES in self.members_ES]
         counts = [int(core_S.sum()) for core_S in self.cores]
@@ -54,8 +55,8 @@ class TiedModel:
     @cached_property
     def biases(self) -> str:
         """Which of the attention's projections have a bias, of ``qkvo``."""
-        prefix = f"{self.config.get('ffn_layers', 'model.layers')}.0.self_attn."
-        return "".join(role for role in "qkvo" if f"{prefix}{role}_proj.bias" in self.tied)
+        first = f"{self.config.get('ffn_layers', 'model.layers')}.0"
+        return "".join(role for role in "qkvo" if f"{first}.self_attn.{role}_proj.bias" in self.tied)
 
     @cached_property
     def head_dim(self) -> int:

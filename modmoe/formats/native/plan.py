@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from modmoe.errors import ExportError, did_you_mean
-from modmoe.formats.dense import dense_config, ffn_prefix
+from modmoe.formats.dense import dense_config
 from modmoe.formats.native.gates import COLDEST, Gate, Pile, Scaled, router_factor, shared_gate
 from modmoe.formats.native.model import TiedModel, gate_of, why_not
 from modmoe.formats.native.targets import CLIENTS, TARGETS, Projections, Target
 from modmoe.models.families import layers_of
+from modmoe.models.ffn_layout import ROLES, plain_layout, prefix_of
 from modmoe.storage.checkpoint import Checkpoint
 from modmoe.storage.plan import Const, Copy, Op, Plan, Stack, Take
 
@@ -148,7 +149,7 @@ def _export(model: TiedModel, name: str, client: str, refused: dict[str, str]) -
     ops: dict[str, Op] = {}
     replaced: set[str] = set()
     for layer in range(layers_of(model.config)):
-        stored = ffn_prefix(model.config, layer)
+        stored = prefix_of(model.config, layer)
         ops.update(_layer_ops(model, target, gate, layer))
         replaced.update(key for key in tied if key.startswith(stored))
     config = _config(model, target, client, gate)
@@ -181,7 +182,7 @@ def _warnings(model: TiedModel, client: str, gate: Gate) -> list[str]:
 
 
 def _layer_ops(model: TiedModel, target: Target, gate: Gate, layer: int) -> dict[str, Op]:
-    tied, stored = model.tied, ffn_prefix(model.config, layer)
+    tied, stored = model.tied, prefix_of(model.config, layer)
     made = f"model.layers.{layer}."
     member_ES, core_S = model.members_ES[layer], model.cores[layer]
     shared_S = torch.zeros_like(core_S)
@@ -225,8 +226,8 @@ def _layer_ops(model: TiedModel, target: Target, gate: Gate, layer: int) -> dict
 
 def _projections(model: TiedModel, stored: str, neurons_N: Tensor, scale_N: Tensor) -> tuple[Op, Op, Op]:
     """Return gate, up and down of some neurons, down multiplied by a number for each."""
-    gate, up = (model.take(f"{stored}{role}_proj.weight", neurons_N, 0) for role in ("gate", "up"))
-    down = model.take(f"{stored}down_proj.weight", neurons_N, 1)
+    ffn = plain_layout(stored)
+    gate, up, down = (model.take(ffn.name(role), neurons_N, ffn.neuron_dim(role)) for role in ROLES)
     return gate, up, down if bool((scale_N == 1).all()) else Scaled(down, scale_N, model.dtype)
 
 

@@ -18,6 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from modmoe.models.ffn_layout import plain_layout
+
 CLIENTS = ("transformers", "vllm", "sglang", "llama.cpp")
 """Programs that a native export can be asked for."""
 
@@ -102,9 +104,8 @@ class Target:
 
 
 def _plain(prefix: str) -> Projections:
-    return Projections(
-        gate=f"{prefix}.gate_proj.weight", up=f"{prefix}.up_proj.weight", down=f"{prefix}.down_proj.weight"
-    )
+    layout = plain_layout(f"{prefix}.")
+    return Projections(gate=layout.name("gate"), up=layout.name("up"), down=layout.name("down"))
 
 
 TARGETS: dict[str, Target] = {
