@@ -73,8 +73,7 @@ _MAY_NAME_FFNS = {
     "modmoe.adapters.methods": "is copied too, and finds the layers that it hooks by transformers' names for them",
     "modmoe.adapters.mechanism.targets": "is copied too, and measures the fused experts of a model in memory",
     "modmoe.storage.kinds.quantized": "lies below, and tells weights by the ends of their names without reading one",
-    "modmoe.analysis.passes.stream": "asks a layer of a model in memory for its weight",
-    "modmoe.training.trainable": "names layers of a model in memory for PEFT, and says how they store their weights",
+    "modmoe.training.trainable": "tells PEFT how a model in memory stores its weights",
 }
 """Files, and folders of them, with the reason why."""
 

@@ -20,6 +20,7 @@ from modmoe.analysis.text.calibration import Batch
 from modmoe.conversion.modular.layerwise import LayerFit
 from modmoe.conversion.modular.plan import neuron_order
 from modmoe.errors import PlanError
+from modmoe.models.ffn_layout import dense_layout
 from modmoe.models.opened import OpenedModel
 from modmoe.runtime.progress import silent
 
@@ -51,7 +52,7 @@ def verify_all_on(
 
     def repaired(layer: int, hidden: Tensor, _: Turn) -> Tensor:
         # as it was rounded when it was written
-        dtype, ffn = source.dtype(f"{family.layers}.{layer}.{family.down}.weight"), analysis.ffns[layer]
+        dtype, ffn = source.dtype(dense_layout(family, layer).name("down")), analysis.ffns[layer]
         refitted_DF = fits[layer].down_DF
         down_DF = ffn.down_DF if refitted_DF is None else refitted_DF.to(dtype)
         y = hidden @ down_DF.to(hidden).T

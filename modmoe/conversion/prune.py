@@ -134,7 +134,7 @@ def make(recipe: Recipe, opened: _Opened, directory: Path, progress: Progress) -
 
 def check_bias(checkpoint: Checkpoint, family: Family) -> None:
     """Raise RecipeError where a family has no bias behind its FFNs to hold what is added."""
-    if f"{family.layers}.0.{family.down}.bias" not in checkpoint and family.model_type not in _MLP_BIAS:
+    if dense_layout(family, 0).name("down", "bias") not in checkpoint and family.model_type not in _MLP_BIAS:
         raise RecipeError(
             "router.compensation",
             f"'{family.model_type}' has no bias in its FFNs to hold it",

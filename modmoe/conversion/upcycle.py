@@ -240,7 +240,7 @@ def _verify(
 ) -> dict[str, Any] | None:
     """Compare what was written with the model in memory; None, and a warning more, where it does not fit there."""
     numbers = inspect(str(directory))["parameters"]["stored"]
-    dtype = source.checkpoint.dtype(f"{source.family.layers}.0.{source.family.up}.weight")
+    dtype = source.checkpoint.dtype(dense_layout(source.family, 0).name("up"))
     size_bytes = numbers * torch.promote_types(dtype, torch.float32).itemsize
     if not fits(size_bytes, torch.device("cpu")):
         free = free_bytes(torch.device("cpu"))

@@ -13,8 +13,8 @@ import torch
 from modmoe.diagnosis.files import Weights
 from modmoe.diagnosis.findings import Findings
 from modmoe.errors import ModmoeError
-from modmoe.models.counts import prefix_of
 from modmoe.models.families import layers_of
+from modmoe.models.ffn_layout import prefix_of
 
 _RESTORE = "restore config.json from the run that wrote it, or convert again"
 _CONVERT = "fetch the weights again, or convert again"

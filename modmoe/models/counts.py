@@ -26,8 +26,7 @@ from typing import Any
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.modeling.configuration_modmoe import ModularFields
 from modmoe.models.families import Family, family_of, layers_of, neurons_of
-from modmoe.models.ffn_layout import check_ffns, dense_layout, plain_layout
-from modmoe.models.ffn_layout import prefix_of as prefix_of
+from modmoe.models.ffn_layout import check_ffns, dense_layout, plain_layout, prefix_of
 from modmoe.recipe.schema import Recipe
 from modmoe.storage.checkpoint import Checkpoint, resolve_source
 

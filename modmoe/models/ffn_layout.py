@@ -61,7 +61,11 @@ class FFNLayout:
 
     def name(self, role: Role, kind: Kind = "weight") -> str:
         """Return the name of the tensor that has a projection's weight or bias; KeyError without that projection."""
-        return f"{self.prefix}{self.paths[role]}.{kind}"
+        return f"{self.path(role)}.{kind}"
+
+    def path(self, role: Role) -> str:
+        """Return the path of a projection's layer in a model; KeyError without that projection."""
+        return f"{self.prefix}{self.paths[role]}"
 
     def role_of(self, name: str) -> Role:
         """Return the projection that a weight is of; KeyError for any other name."""
@@ -94,6 +98,10 @@ class FFNLayout:
     def as_stored(self, weight: Tensor) -> Tensor:
         """Return a weight [out, in] as it lies here."""
         return weight.T.contiguous() if self.is_transposed else weight
+
+    def as_plain(self, weight: Tensor) -> Tensor:
+        """Return a weight that lies here as [out, in]; a view."""
+        return weight.T if self.is_transposed else weight
 
 
 def dense_layout(family: Family, layer: int) -> FFNLayout:
@@ -198,10 +206,8 @@ def read_ffn(tensors: Mapping[str, Tensor], family: Family, layer: int) -> FFNWe
     layout = dense_layout(family, layer)
     # a tensor that is gate and up is read once, as up
     roles = [role for role in layout.roles if role != "gate" or not layout.is_fused]
-    weights = {role: tensors[layout.name(role)] for role in roles}
+    weights = {role: layout.as_plain(tensors[layout.name(role)]) for role in roles}
     biases = {role: tensors.get(layout.name(role, "bias")) for role in roles}
-    if layout.is_transposed:
-        weights = {role: weight.T for role, weight in weights.items()}
     if layout.is_fused:
         weights["gate"], weights["up"] = weights["up"].chunk(2)
         if (bias := biases["up"]) is not None:

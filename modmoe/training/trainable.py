@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from modmoe.adapters.mechanism.targets import find_base_router
 from modmoe.errors import RecipeError
 from modmoe.modeling.modeling_modmoe import ModularMixin
-from modmoe.models.families import family_of
+from modmoe.models.families import family_of, layers_of
+from modmoe.models.ffn_layout import dense_layout, plain_layout, prefix_of
 from modmoe.recipe.schema import Recipe
 
 
@@ -67,14 +68,11 @@ def _routers(model: PreTrainedModel) -> list[str]:
 
 def _ffn_matrices(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     """Return the full names of the linear layers of all FFNs: in a tied model those of the shared modules."""
-    config = model.config
+    config = model.config.to_dict()
     if isinstance(model, ModularMixin):
-        layers, paths = config.ffn_layers, {f"{config.ffn_path}.{name}_proj" for name in ("gate", "up", "down")}
+        layouts = [plain_layout(prefix_of(config, layer)) for layer in range(layers_of(config))]
     else:
-        family = family_of(config.to_dict(), recipe.family)
-        layers, paths = family.layers, {path for path in (family.gate, family.up, family.down) if path is not None}
-    found = []
-    for number, layer in enumerate(model.get_submodule(layers).children()):
-        names = {name for name, _ in layer.named_modules()}
-        found += [f"{layers}.{number}.{path}" for path in sorted(paths & names)]
-    return found
+        family = family_of(config, recipe.family)
+        layouts = [dense_layout(family, layer) for layer in range(layers_of(config))]
+    paths = {path for path, _ in model.named_modules()}
+    return [path for layout in layouts for path in sorted({*map(layout.path, layout.roles)} & paths)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modmoe.analysis.text.calibration import Batch
 from modmoe.errors import CalibrationError
 from modmoe.models.families import Family
+from modmoe.models.ffn_layout import dense_layout
 from modmoe.runtime import ranks
 
 
@@ -154,9 +155,10 @@ def num_layers(model: nn.Module, family: Family) -> int:
 
 def down_weight(model: nn.Module, family: Family, layer: int) -> Tensor:
     """Return the down projection of an FFN as down_DF, whatever its layout."""
-    weight = model.get_submodule(f"{family.layers}.{layer}.{family.down}").weight
+    layout = dense_layout(family, layer)
+    weight = model.get_submodule(layout.path("down")).weight
     assert isinstance(weight, Tensor)
-    return weight.T if family.transposed else weight
+    return layout.as_plain(weight)
 
 
 @contextlib.contextmanager
