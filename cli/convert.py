@@ -165,7 +165,7 @@ def convert(
         }
         given = [flag for flag, value in chosen.items() if value is not None]
         if len(given) > 1:
-            raise RecipeError(f"{' and '.join(given)}: give one of them; each sets the size of an expert.")
+            raise RecipeError(str(" and ".join(given)), "give one of them", "each sets the size of an expert")
         result = api.convert(
             source,
             output,
