@@ -80,7 +80,7 @@ def evaluate(
         tasks = flags.parse_tasks(text.task)
         names = None if tasks_of_harness.harness is None else _names(tasks_of_harness.harness)
         if tasks is None and names is None:
-            raise RecipeError("--task: no task is given; add --task NAME=FILE, or --harness with lm-eval's tasks.")
+            raise RecipeError("--task", "no task is given", "add --task NAME=FILE, or --harness with lm-eval's tasks")
         _check_company(context, tasks is not None, names is not None)
         flags.choose("--device", run.device, ("auto", "cpu", "cuda"))
         for flag, number in {
@@ -90,7 +90,7 @@ def evaluate(
             "--limit": 1 if tasks_of_harness.limit is None else tasks_of_harness.limit,
         }.items():
             if number < 1:
-                raise RecipeError(f"{flag}: {number} is not above 0.")
+                raise RecipeError(str(flag), f"{number} is not above 0")
         result = api.evaluate(
             source,
             tasks,
@@ -114,20 +114,20 @@ def evaluate(
 def _names(harness: str) -> list[str]:
     names = [name.strip() for name in harness.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise RecipeError(f"--harness: '{harness}' is not a list of different names separated by commas.")
+        raise RecipeError("--harness", f"'{harness}' is not a list of different names separated by commas")
     return names
 
 
 def _check_company(context: typer.Context, is_text: bool, is_harness: bool) -> None:
     """Raise RecipeError for a flag that the other kind of evaluation reads."""
     if is_text and is_harness:
-        raise RecipeError("--harness: goes without --task; run the two one after another.")
+        raise RecipeError("--harness", "goes without --task", "run the two one after another")
     others = ("tokens", "sequence_length") if is_harness else ("harness_path", "limit")
     for name in others:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             company = "goes with --task, not with --harness" if is_harness else "goes with --harness"
-            raise RecipeError(f"--{name.replace('_', '-')}: {company}; leave it out.")
+            raise RecipeError(f"--{name.replace('_', '-')}", f"{company}", "leave it out")
 
 
 def _rows(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str,
         if not sign or not name.strip() or not file.strip():
             raise RecipeError(f"{flag}: '{value}' is not of the form NAME=FILE.{_as_task(value)}")
         if name.strip() in tasks:
-            raise RecipeError(f"{flag}: the name '{name.strip()}' is given twice; names must differ.")
+            raise RecipeError(str(flag), f"the name '{name.strip()}' is given twice", "names must differ")
         tasks[name.strip()] = file.strip()
     return tasks
 

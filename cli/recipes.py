@@ -74,7 +74,7 @@ def copy_recipe(
         try:
             write_file(path, text, overwrite=overwrite, is_ours=_is_shipped)
         except OSError as error:
-            raise RecipeError(f"{path}: {error.strerror}; name another file.") from error
+            raise RecipeError(str(path), f"{error.strerror}", "name another file") from error
         if as_json:
             console.finish({"name": _stem(name), "file": str(path)})
         else:
@@ -90,7 +90,7 @@ def read_recipe(name: str) -> str:
     """Return the text of a recipe; RecipeError with the nearest name where there is none of that name."""
     known = recipe_names()
     if _stem(name) not in known:
-        raise RecipeError(f"recipes: no recipe '{name}'.{did_you_mean(_stem(name), known)}")
+        raise RecipeError("recipes", f"no recipe '{name}'", did_you_mean(_stem(name), known))
     return (_folder() / f"{_stem(name)}.yaml").read_text(encoding="utf-8")
 
 

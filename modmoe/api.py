@@ -55,17 +55,17 @@ def resolve_recipe(
 
     if isinstance(source, Recipe) or (source is not None and Path(source).suffix in (".yaml", ".yml")):
         if recipe is not None:
-            raise RecipeError(f"{step}: two recipes are given; the first argument is one already.")
+            raise RecipeError(str(step), "two recipes are given", "the first argument is one already")
         source, recipe = None, source
     known = KEYWORDS[step]
     overrides: dict[str, Any] = {}
     for name, value in keywords.items():
         if value is not None and name not in known and "." not in name:
-            raise RecipeError(f"{step}: no such keyword '{name}'.{did_you_mean(name, known)}")
+            raise RecipeError(str(step), f"no such keyword '{name}'", did_you_mean(name, known))
         if value is not None:
             overrides[known.get(name, name)] = value
     if "assignment.active_fraction" in overrides and "assignment.modules_per_expert" in overrides:
-        raise RecipeError("assignment: give modules_per_expert or active_fraction, not both.")
+        raise RecipeError("assignment", "give modules_per_expert or active_fraction, not both")
     if "assignment.active_fraction" in overrides:
         # a recipe's modules_per_expert would win over the fraction; None puts it back to its default
         overrides["assignment.modules_per_expert"] = None
@@ -149,7 +149,7 @@ def check_device(estimate_for: str | None, dry_run: bool) -> None:
     if estimate_for is None:
         return
     if not dry_run:
-        raise RecipeError("--estimate-for: belongs to --dry-run; add that.")
+        raise RecipeError("--estimate-for", "belongs to --dry-run", "add that")
     from modmoe.cost.devices import check_name
 
     check_name(estimate_for)
@@ -222,7 +222,7 @@ def finetune(
     resolved = resolve_recipe("finetune", source, recipe, keywords, allow_code=allow_code)
     for flag in ("adapter", "budget"):
         if keywords.get(flag) is not None and resolved.finetune.train != "adapters":
-            raise RecipeError(f"--{flag}: belongs to --train adapters; leave it out or train them.")
+            raise RecipeError(f"--{flag}", "belongs to --train adapters", "leave it out or train them")
     need_source_and_tasks("finetune", resolved)
     assert resolved.source is not None
     teacher = resolved.finetune.distill_from if resolved.finetune.distill_weight > 0 else None
@@ -327,9 +327,11 @@ def evaluate(
     of each. ``seed`` is 0 by default, and lm-eval's own where it runs. Returns what ``modmoe eval --json`` prints.
     """
     if bool(tasks) == bool(harness):
-        raise RecipeError("eval: give tasks with their text, or harness with names of lm-eval's tasks, one of the two.")
+        raise RecipeError(
+            "eval", "give tasks with their text, or harness with names of lm-eval's tasks, one of the two"
+        )
     if tasks and (harness_path is not None or limit is not None):
-        raise RecipeError("eval: harness_path and limit go with harness; leave them out or name tasks of lm-eval.")
+        raise RecipeError("eval", "harness_path and limit go with harness", "leave them out or name tasks of lm-eval")
     if tasks:
         check_there([source, baseline], tasks)
     options: dict[str, Any] = {
@@ -367,5 +369,5 @@ def _local(source: str | Path, revision: str | None) -> str:
 
 def _output(step: str, output: str | Path | None) -> str:
     if output is None:
-        raise RecipeError(f"{step}: no output directory is given.")
+        raise RecipeError(str(step), "no output directory is given")
     return str(output)

@@ -89,6 +89,6 @@ def load_partitions(path: str | Path) -> list[Partition]:
             for layer, num_modules in enumerate(facts["num_modules"])
         ]
     except KeyError as error:
-        raise CheckpointError(f"{path}: {error} is missing; run the analysis again.") from error
+        raise CheckpointError(str(path), f"{error} is missing", "run the analysis again") from error
     except (TypeError, ValueError, OverflowError) as error:  # a PartitionError is one of them
-        raise CheckpointError(f"{path}: damaged: {reason_of(error)}; run the analysis again.") from error
+        raise CheckpointError(str(path), f"damaged: {reason_of(error)}", "run the analysis again") from error

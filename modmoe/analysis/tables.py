@@ -43,7 +43,7 @@ def read_tensors(path: str | Path, file: str, kind: str) -> tuple[dict[str, Tens
     """
     target = _locate(path, file)
     if not target.is_file():
-        raise CheckpointError(f"{target}: no such file; run the analysis that writes it.")
+        raise CheckpointError(str(target), "no such file", "run the analysis that writes it")
     try:
         with open_tensors(target, "run the analysis again") as handle:
             facts = json.loads((handle.metadata() or {}).get("modmoe", "{}"))
@@ -51,9 +51,9 @@ def read_tensors(path: str | Path, file: str, kind: str) -> tuple[dict[str, Tens
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{target}: damaged ({reason_of(error)}); run the analysis again.") from error
+        raise CheckpointError(str(target), f"damaged ({reason_of(error)})", "run the analysis again") from error
     if not isinstance(facts, dict) or facts.get("kind") != kind:
-        raise CheckpointError(f"{target}: is not a {kind}; name the file that the analysis wrote.")
+        raise CheckpointError(str(target), f"is not a {kind}", "name the file that the analysis wrote")
     return tensors, facts
 
 

@@ -142,9 +142,9 @@ def _check_places(directory: Path, *, overwrite: bool) -> None:
     """Refuse a directory in which something is not as an earlier run left it, before anything is made."""
     check_name(directory)
     if directory.exists() and not directory.is_dir():
-        raise RecipeError(f"{directory}: is {kind_of(directory)}; name a directory.")
+        raise RecipeError(str(directory), f"is {kind_of(directory)}", "name a directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise RecipeError(f"{directory}: is not empty; name another directory or pass --overwrite.")
+        raise RecipeError(str(directory), "is not empty", "name another directory or pass --overwrite")
     for name in ("tasks", "converted", "tuned", *(f"export-{form}" for form in EXPORTS)):
         check_output(directory / name, overwrite=overwrite)
     check_file(directory / REPORT, overwrite=overwrite, is_ours=is_page)

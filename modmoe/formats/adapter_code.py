@@ -46,7 +46,9 @@ def code_files(method: Method) -> dict[str, str]:
             text += added
         foreign = _FOREIGN.search(text)
         if foreign:
-            raise ExportError(f"{name}: '{foreign[0].strip()}' cannot be carried; a method imports its siblings only.")
+            raise ExportError(
+                str(name), f"'{foreign[0].strip()}' cannot be carried", "a method imports its siblings only"
+            )
         texts[name] = text
         waiting += [f"{module}.py" for _, module in _RELATIVE.findall(text)]
     return texts
@@ -57,7 +59,9 @@ def _added(method: Method) -> str:
     lines, names = [], []
     for kind in dict.fromkeys((method.adapter, method.settings)):
         if not kind.__module__.startswith(_PACKAGE):
-            raise ExportError(f"{kind.__module__}.{kind.__name__}: is not of modmoe.adapters; its file is not carried.")
+            raise ExportError(
+                f"{kind.__module__}.{kind.__name__}", "is not of modmoe.adapters", "its file is not carried"
+            )
         lines.append(f"from .{kind.__module__.rpartition('.')[2]} import {kind.__name__}  # noqa: E402")
         names.append(kind.__name__)
     return "\n\n" + "\n".join(lines) + f"\n\nknow({', '.join(names)})\n"
@@ -68,4 +72,4 @@ def _read(name: str) -> str:
         file = importlib.resources.files("modmoe").joinpath(folder, name)
         if file.is_file():
             return file.read_text(encoding="utf-8")
-    raise ExportError(f"{name}: is neither in modmoe.adapters nor in modmoe.modeling.")
+    raise ExportError(str(name), "is neither in modmoe.adapters nor in modmoe.modeling")

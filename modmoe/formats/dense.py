@@ -94,7 +94,7 @@ def dense_plan(tied: Checkpoint, family: Family, expert: str) -> Plan:
             ops.update(_compensation_ops(tied, family, layer, number, len(neurons_N)))
         replaced.update(name for name in tied if name.startswith(stored.prefix))
     if len(widths) != 1:
-        raise ExportError(f"{tied.directory}: expert '{expert}' has {sorted(widths)} neurons; layers must agree.")
+        raise ExportError(str(tied.directory), f"expert '{expert}' has {sorted(widths)} neurons", "layers must agree")
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in tied if name not in replaced}
     config = dense_config(tied.config)
     config[family.width] = widths.pop()
@@ -108,7 +108,7 @@ def expert_number(config: Mapping[str, Any], expert: str) -> int:
     """Return an expert's number by its name; ExportError, with the nearest name, where there is none."""
     names: list[str] = list(config.get("expert_names") or [])
     if expert not in names:
-        raise ExportError(f"expert: no expert '{expert}'.{did_you_mean(expert, names)}")
+        raise ExportError("expert", f"no expert '{expert}'", did_you_mean(expert, names))
     return names.index(expert)
 
 
@@ -133,7 +133,7 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
         # some checkpoints name files for an architecture that transformers knows as well; exports do not carry those
         plain.pop("auto_map", None)
     if "model_type" not in plain:
-        raise ExportError("config.json: dense_config lacks model_type, so the dense architecture is not known.")
+        raise ExportError("config.json", "dense_config lacks model_type, so the dense architecture is not known")
     return plain
 
 
@@ -154,8 +154,9 @@ def family_of_tied(tied: Checkpoint) -> Family:
         if described is not None:
             return family_of(before, described, str(recipe))
     raise ExportError(
-        f"{tied.directory}: nothing says where '{before.get('model_type')}' keeps its FFNs; put `family:` of the "
-        f"recipe that converted it into {RECIPE} there, or use --form tied."
+        str(tied.directory),
+        f"nothing says where '{before.get('model_type')}' keeps its FFNs",
+        f"put `family:` of the recipe that converted it into {RECIPE} there, or use --form tied",
     )
 
 
@@ -177,8 +178,9 @@ def _compensation_ops(tied: Checkpoint, family: Family, layer: int, expert: int,
         return {dense.name("down", "bias"): FoldMeans(bias, means, skipped)}
     if family.model_type != "llama" or family.gate is None:
         raise ExportError(
-            f"{tied.directory}: '{family.model_type}' has no bias to hold the compensation of skipped modules; use "
-            "--form tied, or convert again without compensation."
+            str(tied.directory),
+            f"'{family.model_type}' has no bias to hold the compensation of skipped modules",
+            "use --form tied, or convert again without compensation",
         )
     # Llama's mlp_bias gives all three projections a bias; those of gate and up are zero
     zeros = dense.zero_biases(neurons, tied.dtype(stored.name("up")))

@@ -47,11 +47,11 @@ def packed_plan(tied: Checkpoint, expert: str | None = None) -> Plan:
     config = tied.config
     reason = _why_not(config)
     if reason:
-        raise ExportError(f"{tied.directory}: packed can't hold {reason}; forms that work: tied, dense.")
+        raise ExportError(str(tied.directory), f"packed can't hold {reason}", "forms that work: tied, dense")
     fixed = expert or config.get("default_expert")
     if fixed is None and config.get("routing") == "task":
         names = ", ".join(config.get("expert_names") or [])
-        raise ExportError(f"expert: engines cannot name one per request; name the one to begin with, of {names}.")
+        raise ExportError("expert", "engines cannot name one per request", f"name the one to begin with, of {names}")
     if fixed is not None:
         expert_number(config, fixed)
     size = int(config["module_size"])

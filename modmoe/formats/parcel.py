@@ -81,7 +81,7 @@ def contents(directory: Path, repo: str | None = None) -> Contents:
     for name in sorted(names | {file for file in _images(directory) if f"]({file})" in text}):
         path = directory / name
         if any(part.is_symlink() for part in (path, *path.parents[: name.count("/")])):
-            raise ExportError(f"{path}: is a link; put the file itself there.")
+            raise ExportError(str(path), "is a link", "put the file itself there")
         if path.is_file():
             is_large = path.suffix in _LARGE | _IMAGES or name in _VOCABULARIES
             found[name] = path if is_large else _read(path)
@@ -98,7 +98,7 @@ def _read(path: Path) -> bytes:
     most_bytes = MOST_JSON_BYTES if path.suffix == ".json" else _MOST_TEXT_BYTES
     size_bytes = path.stat().st_size
     if size_bytes > most_bytes:
-        raise ExportError(f"{path}: has {size_bytes:,} bytes, over {most_bytes:,} of such a file; take it away.")
+        raise ExportError(str(path), f"has {size_bytes:,} bytes, over {most_bytes:,} of such a file", "take it away")
     return path.read_bytes()
 
 
@@ -160,8 +160,9 @@ def _check_credentials(directory: Path, parcel: Contents) -> None:
             line, kind = credential
             place = f"{directory / name}" if name.endswith(".safetensors") else f"{directory / name}:{line}"
             raise ExportError(
-                f"{place}: holds what looks like {kind}, which everybody could read; remove it, and make it invalid "
-                "where it has been shown to others."
+                str(place),
+                f"holds what looks like {kind}, which everybody could read",
+                "remove it, and make it invalid where it has been shown to others",
             )
 
 
@@ -188,7 +189,7 @@ def public_recipe(path: Path) -> str:
         text = read_text(path, MOST_YAML_BYTES)
         values = parse_yaml(text)
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read as YAML; mend it or take it away.") from error
+        raise ExportError(str(path), "cannot be read as YAML", "mend it or take it away") from error
     lines = text.splitlines()
     count = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     head = [line for line in lines[:count] if not any(map(_is_path, re.split(r"[\s='\"]+", line)))]

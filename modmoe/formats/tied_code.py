@@ -54,7 +54,7 @@ def write_code(directory: Path, config: dict[str, Any], source: Path) -> list[st
     if code:
         own = own_files(config, source)
         for name in own.keys() & texts.keys():
-            raise ExportError(f"{source / name}: has the name of a file that modmoe writes; rename it.")
+            raise ExportError(str(source / name), "has the name of a file that modmoe writes", "rename it")
         texts.update(own)
         texts[CONFIGURATION] += _added_configuration(code)
         texts[MODELING] += _added_models(code)
@@ -70,8 +70,9 @@ def check_auto_map(config: dict[str, Any]) -> None:
     for key, value in auto_map.items() if isinstance(auto_map, dict) else ():
         if not (isinstance(value, str) and value.startswith(ours) and value.rpartition(".")[2].isidentifier()):
             raise ExportError(
-                f"config.json: auto_map: {key} names {str(value)[:80]!r}, which modmoe did not write; take the entry "
-                "out, or convert again."
+                "config.json",
+                f"auto_map: {key} names {str(value)[:80]!r}, which modmoe did not write",
+                "take the entry out, or convert again",
             )
 
 
@@ -94,10 +95,12 @@ def own_files(config: dict[str, Any], source: Path) -> dict[str, str]:
         if name in texts:
             continue
         if not module.isidentifier():
-            raise ExportError(f"{source}: its code imports '.{module}'; only files beside the weights can be carried.")
+            raise ExportError(
+                str(source), f"its code imports '.{module}'", "only files beside the weights can be carried"
+            )
         path = source / name
         if not path.is_file():
-            raise ExportError(f"{path}: is missing; config.json or another file there needs it.")
+            raise ExportError(str(path), "is missing", "config.json or another file there needs it")
         texts[name] = path.read_text(encoding="utf-8")
         waiting += [first or second for first, second in _RELATIVE.findall(texts[name])]
     return texts
@@ -107,16 +110,20 @@ def _reference(value: str) -> tuple[str, str]:
     """Return the module and the class that an entry of auto_map names."""
     module, _, name = value.rpartition(".")
     if "--" in value:
-        raise ExportError(f"config.json: auto_map names '{value}', code in another repository; fetch the files first.")
+        raise ExportError(
+            "config.json", f"auto_map names '{value}', code in another repository", "fetch the files first"
+        )
     # the names become lines of Python, so nothing else may stand there
     if not module.isidentifier() or not name.isidentifier():
-        raise ExportError(f"config.json: auto_map has '{value}', which is not of the form module.Class.")
+        raise ExportError("config.json", f"auto_map has '{value}', which is not of the form module.Class")
     return module, name
 
 
 def _added_configuration(code: dict[str, str]) -> str:
     if "AutoConfig" not in code:
-        raise ExportError("config.json: auto_map lacks AutoConfig; the architecture's configuration class is needed.")
+        raise ExportError(
+            "config.json", "auto_map lacks AutoConfig", "the architecture's configuration class is needed"
+        )
     module, name = _reference(code["AutoConfig"])
     return f"\n\nfrom .{module} import {name}  # noqa: E402\n\nconfig_class({name})\n"
 

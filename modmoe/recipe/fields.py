@@ -24,7 +24,7 @@ def build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
     built: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise RecipeError(f"{place}{key}: no such key.{did_you_mean(key, known)}")
+            raise RecipeError(f"{place}{key}", "no such key", did_you_mean(key, known))
         built[key] = _fit(hints[key], value, f"{place}{key}")
     return cls(**built)
 
@@ -42,7 +42,7 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise RecipeError(f"{place}: {_shown(value)} is not a mapping of keys.")
+            raise RecipeError(str(place), f"{_shown(value)} is not a mapping of keys")
         return build(typing.cast(type[Any], hint), value, place + ".")
     if origin in (Union, types.UnionType):
         inner = [item for item in typing.get_args(hint) if item is not type(None)]
@@ -51,25 +51,25 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
         options = typing.get_args(hint)
         if value not in options or isinstance(value, bool):
             raise RecipeError(
-                f"{place}: no such value {_shown(value)}.{did_you_mean(_shown(value), map(str, options))}"
+                str(place), f"no such value {_shown(value)}", did_you_mean(_shown(value), map(str, options))
             )
         return value
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise RecipeError(f"{place}: {_shown(value)} is not a mapping of names.")
+            raise RecipeError(str(place), f"{_shown(value)} is not a mapping of names")
         if typing.get_args(hint)[1] is str:
             for key, item in value.items():
                 _fit(str, item, f"{place}.{key}")
         return dict(value)
     if hint is bool:
         if not isinstance(value, bool):
-            raise RecipeError(f"{place}: {_shown(value)} is not true or false.")
+            raise RecipeError(str(place), f"{_shown(value)} is not true or false")
         return value
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise RecipeError(f"{place}: {_shown(value)} is not a whole number.")
+            raise RecipeError(str(place), f"{_shown(value)} is not a whole number")
         if abs(value) > _LARGEST:
-            raise RecipeError(f"{place}: {_shown(value)} is out of range; numbers go to {_LARGEST}.")
+            raise RecipeError(str(place), f"{_shown(value)} is out of range", f"numbers go to {_LARGEST}")
         return value
     if hint is float:
         try:
@@ -77,8 +77,8 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if isinstance(value, bool) or not abs(number) < float("inf"):
-            raise RecipeError(f"{place}: {_shown(value)} is not a number.")
+            raise RecipeError(str(place), f"{_shown(value)} is not a number")
         return number
     if hint is str and not isinstance(value, str):
-        raise RecipeError(f"{place}: {_shown(value)} is not text.")
+        raise RecipeError(str(place), f"{_shown(value)} is not text")
     return value

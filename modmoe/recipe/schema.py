@@ -217,36 +217,38 @@ class Recipe:
             positive["finetune.learning_rate"] = self.finetune.learning_rate
         for place, value in positive.items():
             if not value > 0:
-                raise RecipeError(f"{place}: {value} is not above 0.")
+                raise RecipeError(str(place), f"{value} is not above 0")
             if value > _MOST.get(place, math.inf):
-                raise RecipeError(f"{place}: {value:,} is more than the {_MOST[place]:,} that any model has use for.")
+                raise RecipeError(str(place), f"{value:,} is more than the {_MOST[place]:,} that any model has use for")
         for part in ("calibration", "finetune"):
             sizes = getattr(self, part)
             if sizes.batch_size * sizes.sequence_length > _MOST_BATCH_TOKENS:
                 raise RecipeError(
-                    f"{part}.batch_size: {sizes.batch_size:,} sequences of {sizes.sequence_length:,} tokens are more "
-                    f"than {_MOST_BATCH_TOKENS:,} tokens at once; choose fewer."
+                    f"{part}.batch_size",
+                    f"{sizes.batch_size:,} sequences of {sizes.sequence_length:,} tokens are more "
+                    f"than {_MOST_BATCH_TOKENS:,} tokens at once",
+                    "choose fewer",
                 )
         if not 0 < self.assignment.active_fraction <= 1:
             raise RecipeError(
-                f"assignment.active_fraction: {self.assignment.active_fraction} is not above 0 and at most 1."
+                "assignment.active_fraction", f"{self.assignment.active_fraction} is not above 0 and at most 1"
             )
         if self.assignment.shared_modules < 0:
-            raise RecipeError(f"assignment.shared_modules: {self.assignment.shared_modules} is below 0.")
+            raise RecipeError("assignment.shared_modules", f"{self.assignment.shared_modules} is below 0")
         for place, value in {
             "finetune.distill_weight": self.finetune.distill_weight,
             "finetune.warmup_fraction": self.finetune.warmup_fraction,
             "upcycle.redrawn_fraction": self.upcycle.redrawn_fraction,
         }.items():
             if not 0 <= value <= 1:
-                raise RecipeError(f"{place}: {value} is not between 0 and 1.")
+                raise RecipeError(str(place), f"{value} is not between 0 and 1")
         if self.finetune.balance_weight < 0:
-            raise RecipeError(f"finetune.balance_weight: {self.finetune.balance_weight} is below 0.")
+            raise RecipeError("finetune.balance_weight", f"{self.finetune.balance_weight} is below 0")
         if not 0 <= self.seed < 2**31:
-            raise RecipeError(f"seed: {self.seed} is not between 0 and {2**31 - 1}.")
+            raise RecipeError("seed", f"{self.seed} is not between 0 and {2**31 - 1}")
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-                raise RecipeError(f"tasks: '{name}' is no usable name; use letters, digits, '_', '-' and '.'.")
+                raise RecipeError("tasks", f"'{name}' is no usable name", "use letters, digits, '_', '-' and '.'")
 
 
 _MOST = {
@@ -294,19 +296,20 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
     try:
         raw = parse_yaml(read_text(Path(path), MOST_YAML_BYTES))
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or error}.") from error
+        raise RecipeError(str(path), f"{error.strerror or error}") from error
     except ValueError as error:
         line = getattr(error, "line", None)
         place = f"{path}:{line}" if line is not None else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {error}.") from error
+        raise RecipeError(str(place), f"not valid YAML: {error}") from error
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}.")
+        raise RecipeError(str(path), f"a recipe is a mapping of keys, not a {type(raw).__name__}")
     if raw.get("trust_remote_code") is True and (overrides or {}).get("trust_remote_code") is None:
         raise RecipeError(
-            f"{path}: trust_remote_code: a file cannot allow code to be executed; read the checkpoint's Python files, "
-            "then pass --trust-remote-code yourself."
+            str(path),
+            "trust_remote_code: a file cannot allow code to be executed",
+            "read the checkpoint's Python files, then pass --trust-remote-code yourself",
         )
     try:
         flat = _flatten(raw)
@@ -375,7 +378,7 @@ def _check_key(key: str) -> None:
     for part in key.split("."):
         known = {item.name for item in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
         if part not in known:
-            raise RecipeError(f"{key}: no such key.{did_you_mean(part, known)}")
+            raise RecipeError(str(key), "no such key", did_you_mean(part, known))
         cls = typing.get_type_hints(cls)[part]
 
 
@@ -383,7 +386,7 @@ def _flatten(raw: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         if not isinstance(key, str):
-            raise RecipeError(f"{prefix or 'recipe'}: key {key!r} is not a word.")
+            raise RecipeError(str(prefix or "recipe"), f"key {key!r} is not a word")
         place = f"{prefix}{key}"
         if isinstance(value, dict) and value and place not in _OPEN_MAPS:
             flat.update(_flatten(value, place + "."))

@@ -77,11 +77,11 @@ def check_places(
             if _holds(target, place):
                 what = "is" if os.path.samefile(target, place) else "holds"
                 raise RecipeError(
-                    f"{output}: {what} {words} ({file}), which is never replaced; name another directory."
+                    str(output), f"{what} {words} ({file}), which is never replaced", "name another directory"
                 )
             if words not in owned and any(_holds(path, place) for path in beside):
                 raise RecipeError(
-                    f"{output}: {words} ({file}) lies where this run keeps what is unfinished; name another output."
+                    str(output), f"{words} ({file}) lies where this run keeps what is unfinished", "name another output"
                 )
     check_output(output, overwrite=overwrite)
     if trains:
@@ -120,18 +120,20 @@ def check_states(states: Path, *, overwrite: bool, resume: bool) -> None:
         return
     if states.is_symlink() or not states.is_dir() or (any(states.iterdir()) and not is_marked(states)):
         raise RecipeError(
-            f"{states}: is in the way of the states of training, and not of modmoe; move it away, or name another "
-            "output."
+            str(states),
+            "is in the way of the states of training, and not of modmoe",
+            "move it away, or name another output",
         )
     stranger = find_stranger(states)
     if stranger is not None:
         raise RecipeError(
-            f"{states}: holds '{stranger}', which modmoe did not write; move it away, or name another output."
+            str(states), f"holds '{stranger}', which modmoe did not write", "move it away, or name another output"
         )
     if any(states.glob("checkpoint-*")) and not (resume or overwrite):
         raise RecipeError(
-            f"{states}: holds the states of a run that was stopped; go on with --resume, name another output, or "
-            "replace them with --overwrite."
+            str(states),
+            "holds the states of a run that was stopped",
+            "go on with --resume, name another output, or replace them with --overwrite",
         )
 
 
@@ -146,16 +148,20 @@ def _check_report(
     check_file(report, overwrite=overwrite, is_ours=is_page, flag="--report")
     path = place_of(report)
     if path == target or path in target.parents:
-        raise RecipeError(f"--report: {report}: is where the output {target} is to be; name another file.")
+        raise RecipeError("--report", f"{report}: is where the output {target} is to be", "name another file")
     inside = path.relative_to(target).as_posix() if target in path.parents else ""
     if inside and is_taken(inside):
-        raise RecipeError(f"--report: {report}: is where the output has files of its own; name it report.html there.")
+        raise RecipeError(
+            "--report", f"{report}: is where the output has files of its own", "name it report.html there"
+        )
     for other in beside:
         if path == other or other in path.parents:
-            raise RecipeError(f"--report: {report}: lies where this run keeps what is unfinished; name another file.")
+            raise RecipeError(
+                "--report", f"{report}: lies where this run keeps what is unfinished", "name another file"
+            )
     for words, file in inputs.items():
         if file is not None and path.exists() and os.path.exists(file) and os.path.samefile(path, file):
-            raise RecipeError(f"--report: {report}: is {words}, which is never replaced; name another file.")
+            raise RecipeError("--report", f"{report}: is {words}, which is never replaced", "name another file")
 
 
 def input_words(
@@ -225,6 +231,6 @@ def place_report(report: str | Path | None, output: str | Path, directory: Path)
 def need_source_and_tasks(step: str, recipe: Recipe, *, reads_text: bool = True) -> None:
     """Refuse a recipe that names no source, or no task where text is read."""
     if recipe.source is None:
-        raise RecipeError(f"{step}: no source is given; name a local directory or a Hub id.")
+        raise RecipeError(str(step), "no source is given", "name a local directory or a Hub id")
     if reads_text and not recipe.tasks:
-        raise RecipeError(f"{step}: no task is given; add --task NAME=FILE, or tasks: in a recipe.")
+        raise RecipeError(str(step), "no task is given", "add --task NAME=FILE, or tasks: in a recipe")

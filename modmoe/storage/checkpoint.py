@@ -80,18 +80,19 @@ class Checkpoint(Mapping[str, Tensor]):
             present = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
             for name, file in weight_map.items():
                 if name not in present[file]:
-                    raise CheckpointError(f"{index}: '{name[:80]}' is not in {file}; fetch the checkpoint again.")
+                    raise CheckpointError(str(index), f"'{name[:80]}' is not in {file}", "fetch the checkpoint again")
             for file, names in present.items():
                 # other programs read all of a shard, so that a model without it would be another one
                 if names - weight_map.keys():
                     unnamed = min(names - weight_map.keys())
                     raise CheckpointError(
-                        f"{index}: does not name '{unnamed[:80]}', which is in {file}; fetch it again."
+                        str(index), f"does not name '{unnamed[:80]}', which is in {file}", "fetch it again"
                     )
             if SINGLE not in present and (self.directory / SINGLE).is_file():
                 raise CheckpointError(
-                    f"{self.directory}: {INDEX} names other files than {SINGLE}, which is there too; programs differ "
-                    "in which they read, so take away the one that is not meant."
+                    str(self.directory),
+                    f"{INDEX} names other files than {SINGLE}, which is there too",
+                    "programs differ in which they read, so take away the one that is not meant",
                 )
             return weight_map
         if (self.directory / SINGLE).is_file():
@@ -102,7 +103,7 @@ class Checkpoint(Mapping[str, Tensor]):
         if file not in self._files:
             path = self.directory / file
             if not path.is_file():
-                raise CheckpointError(f"{path}: the shard is missing; fetch the checkpoint again.")
+                raise CheckpointError(str(path), "the shard is missing", "fetch the checkpoint again")
             _check_file(path)
             self._files[file] = open_tensors(path)
         return self._files[file]
@@ -136,7 +137,7 @@ class Checkpoint(Mapping[str, Tensor]):
         header = self._header(name)
         if header.dtype not in DTYPES:
             raise CheckpointError(
-                f"{self.directory / header.file}: '{name}' has type {header.dtype}, which is not supported."
+                str(self.directory / header.file), f"'{name}' has type {header.dtype}, which is not supported"
             )
         return DTYPES[header.dtype]
 
@@ -173,8 +174,9 @@ class Checkpoint(Mapping[str, Tensor]):
         for name, finite in zip(self, run_all(check, self), strict=True):
             if not finite:
                 raise CheckpointError(
-                    f"{self.directory / self._where[name][0]}: '{name}' has values that are not finite; "
-                    "the checkpoint is damaged or its training diverged."
+                    str(self.directory / self._where[name][0]),
+                    f"'{name}' has values that are not finite",
+                    "the checkpoint is damaged or its training diverged",
                 )
 
 
@@ -234,7 +236,7 @@ class CheckpointWriter:
 
     def _add(self, name: str, made: Made) -> None:
         if name in self.sums:
-            raise CheckpointError(f"{self.directory}: '{name}' was written twice.")
+            raise CheckpointError(str(self.directory), f"'{name}' was written twice")
         kind = str(made.dtype).removeprefix("torch.")
         self.sums[name] = {"sha256": "", "shape": list(made.shape), "dtype": kind}
         self._pending[name] = made
@@ -283,10 +285,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     check_links(directory)
     config = read_object(path)
     if not isinstance(config.get("model_type", ""), str):
-        raise CheckpointError(f"{path}: model_type is {config['model_type']!r:.80}; it must name the architecture.")
+        raise CheckpointError(str(path), f"model_type is {config['model_type']!r:.80}", "it must name the architecture")
     if config.get("transformers_weights") is not None:
         # transformers would read that file, and modmoe the one that every other program reads
-        raise CheckpointError(f"{path}: transformers_weights names a file of its own; take that key away.")
+        raise CheckpointError(str(path), "transformers_weights names a file of its own", "take that key away")
     return config
 
 
@@ -294,7 +296,7 @@ def _check_file(path: Path) -> None:
     """Raise CheckpointError where a file stands for another one, or is empty."""
     wrong = wrong_with(path)
     if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong[0]}; {wrong[1]}.")
+        raise CheckpointError(str(path), f"{wrong[0]}", f"{wrong[1]}")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
@@ -312,16 +314,17 @@ def adapter_headers(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.d
     if not path.is_file():
         if any(directory.glob("*.bin")):
             raise CheckpointError(
-                f"{directory}: holds pickled weights only, which can run code when read; save the adapter again with "
-                "save_pretrained(..., safe_serialization=True)."
+                str(directory),
+                "holds pickled weights only, which can run code when read",
+                "save the adapter again with save_pretrained(..., safe_serialization=True)",
             )
-        raise CheckpointError(f"{directory}: no {ADAPTER_WEIGHTS}; fetch the adapter again.")
+        raise CheckpointError(str(directory), f"no {ADAPTER_WEIGHTS}", "fetch the adapter again")
     _check_file(path)
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         for name, one in slices.items():
             if one.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{path}: '{name[:80]}' has type {one.get_dtype()}, which is not supported.")
+                raise CheckpointError(str(path), f"'{name[:80]}' has type {one.get_dtype()}, which is not supported")
         return {name: (tuple(one.get_shape()), DTYPES[one.get_dtype()]) for name, one in slices.items()}
 
 
@@ -333,8 +336,9 @@ def local_base(directory: Path) -> Path | None:
     named = read_adapter_config(directory).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise CheckpointError(
-            f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {named!r}; write the base model's directory or "
-            "Hub id there."
+            str(directory / ADAPTER_CONFIG),
+            f"base_model_name_or_path is {named!r}",
+            "write the base model's directory or Hub id there",
         )
     return next((place for place in (Path(named), directory / named) if os.path.isdir(place)), None)
 
@@ -351,7 +355,7 @@ def resolve_base(directory: Path) -> Path:
         except CheckpointError as error:
             raise CheckpointError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from error
     if is_adapter(base):
-        raise CheckpointError(f"{directory / ADAPTER_CONFIG}: the base model {base} is an adapter itself.")
+        raise CheckpointError(str(directory / ADAPTER_CONFIG), f"the base model {base} is an adapter itself")
     return base
 
 
@@ -367,7 +371,7 @@ def parse_bytes(text: str, place: str) -> int:
     """Return bytes for a size such as ``5GB`` or ``200MB`` (powers of ten) or ``4GiB`` (powers of two)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(K|M|G|T)?(i?)B?", text.strip(), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise RecipeError(f"{place}: '{text}' is no size; write 5GB, 500MB or 4GiB.")
+        raise RecipeError(str(place), f"'{text}' is no size", "write 5GB, 500MB or 4GiB")
     power = " KMGT".index((match[2] or " ").upper())
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

@@ -72,9 +72,9 @@ def local_directory(source: str | Path) -> Path | None:
         check_files(path)
         return path
     if os.path.exists(path):
-        raise CheckpointError(f"{path}: is a file; name the directory that holds config.json and the safetensors.")
+        raise CheckpointError(str(path), "is a file", "name the directory that holds config.json and the safetensors")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise CheckpointError(f"{source}: no such directory, and not of the form OWNER/NAME of a Hub id.")
+        raise CheckpointError(str(source), "no such directory, and not of the form OWNER/NAME of a Hub id")
     return None
 
 
@@ -85,11 +85,11 @@ def check_task_file(name: str, file: str) -> None:
     place, path, kinds = f"tasks.{name}: {file}", Path(file), TEXT_EXTENSIONS
     if path.suffix not in kinds:
         hint = did_you_mean(path.suffix, kinds) if path.suffix else f" Known: {', '.join(kinds)}."
-        raise CalibrationError(f"{place}: unknown extension '{path.suffix}'.{hint} Or name hub:ID.")
+        raise CalibrationError(str(place), f"unknown extension '{path.suffix}'.{hint} Or name hub:ID")
     if not os.path.isfile(path):
         kind = special_kind(path)
         what = f"is {kind}" if kind else "is a directory" if os.path.isdir(path) else "no such file"
-        raise CalibrationError(f"{place}: {what}; name a file ({', '.join(kinds)}) or hub:ID.")
+        raise CalibrationError(str(place), f"{what}", f"name a file ({', '.join(kinds)}) or hub:ID")
 
 
 def special_kind(path: Path) -> str:
@@ -146,9 +146,9 @@ def read_object(path: Path) -> dict[str, Any]:
         if _HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {reason_of(error)}; fetch it again.") from error
+        raise CheckpointError(str(path), f"cannot be read as JSON: {reason_of(error)}", "fetch it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is a JSON {type(value).__name__}, not an object.")
+        raise CheckpointError(str(path), f"is a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -156,12 +156,13 @@ def read_index(index: Path) -> dict[str, str]:
     """Return tensor name to file name of an index; CheckpointError where it is none or names a place elsewhere."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or empty; the index is damaged, fetch it again.")
+        raise CheckpointError(str(index), "weight_map is missing or empty", "the index is damaged, fetch it again")
     for name, file in weight_map.items():
         if not is_plain_name(file):
             raise CheckpointError(
-                f"{index}: '{name[:80]}' lies in {file!r:.80}, which is not a plain file name in the "
-                "directory; refused."
+                str(index),
+                f"'{name[:80]}' lies in {file!r:.80}, which is not a plain file name in the directory",
+                "refused",
             )
     return weight_map
 
@@ -182,14 +183,14 @@ def open_tensors(path: Path, again: str = "fetch it again") -> Any:
         # safetensors itself keeps the last of two tensors of one name; that it has the rest right is known by now
         json.loads(header, object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({reason_of(error)}); {again}.") from error
+        raise CheckpointError(str(path), f"damaged or cut short ({reason_of(error)})", f"{again}") from error
     except RuntimeError as error:
         # a file much larger than memory, which the system does not map as one
-        raise CheckpointError(f"{path}: {reason_of(error)}; have it saved in shards of 5 GB.") from error
+        raise CheckpointError(str(path), f"{reason_of(error)}", "have it saved in shards of 5 GB") from error
     except BaseException as error:
         if not is_panic(error):
             raise
-        raise CheckpointError(f"{path}: safetensors broke down ({reason_of(error)}); {again}.") from error
+        raise CheckpointError(str(path), f"safetensors broke down ({reason_of(error)})", f"{again}") from error
     return opened
 
 
@@ -215,11 +216,11 @@ def check_files(directory: Path) -> None:
                 for number, entry in enumerate(entries):
                     if number >= MOST_ENTRIES:
                         raise CheckpointError(
-                            f"{folder}: holds over {MOST_ENTRIES:,} files; name the directory of a checkpoint."
+                            str(folder), f"holds over {MOST_ENTRIES:,} files", "name the directory of a checkpoint"
                         )
                     _check_entry(Path(entry.path), entry)
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read ({reason_of(error)}).") from error
+        raise CheckpointError(str(directory), f"cannot be read ({reason_of(error)})") from error
 
 
 def _check_entry(path: Path, entry: os.DirEntry[str]) -> None:
@@ -232,18 +233,18 @@ def _check_entry(path: Path, entry: os.DirEntry[str]) -> None:
         return  # a link that leads nowhere, which is checked where it would be read
     special = _SPECIAL.get(stat.S_IFMT(facts.st_mode))
     if special:
-        raise CheckpointError(f"{path}: is {special}; put a plain file there, or take it away.")
+        raise CheckpointError(str(path), f"is {special}", "put a plain file there, or take it away")
     if stat.S_ISDIR(facts.st_mode) and any(fnmatch(entry.name, name) for name in _PLAIN):
-        raise CheckpointError(f"{path}: is a directory; put the file of that name there.")
+        raise CheckpointError(str(path), "is a directory", "put the file of that name there")
     if limit is not None and facts.st_size > limit:
-        raise CheckpointError(f"{path}: has {facts.st_size:,} bytes, over {limit:,}; take it away.")
+        raise CheckpointError(str(path), f"has {facts.st_size:,} bytes, over {limit:,}", "take it away")
 
 
 def check_tree(directory: Path) -> None:
     """Raise CheckpointError as ``check_files`` does, for all folders below a directory too."""
     for number, (folder, _, _) in enumerate(os.walk(directory)):
         if number >= MOST_ENTRIES:
-            raise CheckpointError(f"{directory}: holds over {MOST_ENTRIES:,} folders; name a smaller one.")
+            raise CheckpointError(str(directory), f"holds over {MOST_ENTRIES:,} folders", "name a smaller one")
         check_files(Path(folder))
 
 
@@ -260,11 +261,12 @@ def check_links(directory: Path, patterns: Iterable[str] = (*FILES, "tokenizer*"
         for path in (found for pattern in patterns for found in directory.glob(pattern)):
             if path.is_symlink() and not any(path.resolve(strict=True).is_relative_to(root) for root in allowed):
                 raise CheckpointError(
-                    f"{path}: is a link to {path.resolve()}, outside of the checkpoint; if that is what you want, put "
-                    "the file itself there, or name the directory it lies in."
+                    str(path),
+                    f"is a link to {path.resolve()}, outside of the checkpoint",
+                    "if that is what you want, put the file itself there, or name the directory it lies in",
                 )
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError up to Python 3.12
-        raise CheckpointError(f"{directory}: a link leads nowhere ({reason_of(error)}); take it away.") from error
+        raise CheckpointError(str(directory), f"a link leads nowhere ({reason_of(error)})", "take it away") from error
 
 
 def is_plain_name(file: Any) -> bool:

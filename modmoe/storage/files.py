@@ -54,11 +54,11 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RecipeError(f"{ascii(text)[1:-1]}: is not UTF-8; choose a name that is.") from None
+        raise RecipeError(str(ascii(text)[1:-1]), "is not UTF-8", "choose a name that is") from None
     if "\0" in text:
-        raise RecipeError(f"{ascii(text)[1:-1]}: has a character that no file's name can have; choose another name.")
+        raise RecipeError(str(ascii(text)[1:-1]), "has a character that no file's name can have", "choose another name")
     if not text.strip():
-        raise RecipeError(f"{text!r}: is not a name; choose one.")
+        raise RecipeError(f"{text!r}", "is not a name", "choose one")
     check_working_directory(f"{text}: ")
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -70,13 +70,13 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
         while not _is_there(holder):
             holder = holder.parent
     except OSError as error:
-        raise RecipeError(f"{shorten(text)}: {os.strerror(error.errno or 0)}; choose another name.") from None
+        raise RecipeError(str(shorten(text)), f"{os.strerror(error.errno or 0)}", "choose another name") from None
     if not target.name:
-        raise RecipeError(f"{text}: is the root of the file system; name a directory in it.")
+        raise RecipeError(str(text), "is the root of the file system", "name a directory in it")
     if not holder.is_dir():
-        raise RecipeError(f"{shorten(text)}: {holder} is not a directory; choose another name.")
+        raise RecipeError(str(shorten(text)), f"{holder} is not a directory", "choose another name")
     if len(os.fsencode(target.name)) + len(longest) > _MOST_NAME_BYTES:
-        raise RecipeError(f"{shorten(text)}: File name too long; choose another name.")
+        raise RecipeError(str(shorten(text)), "File name too long", "choose another name")
     check_writable(holder, text)
 
 
@@ -148,7 +148,7 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
     try:
         # first, since what a process has opened may be a name that leads nowhere, as /dev/stdout in a pipe
         if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
-            raise RecipeError(f"{file}: is {kind_of(Path(file))}; name a file that does not exist yet.")
+            raise RecipeError(str(file), f"is {kind_of(Path(file))}", "name a file that does not exist yet")
         check_name(file, longest=_TEMPORARY.format("." * 8))
     except RecipeError as error:
         raise RecipeError(f"{start}{error}") from None
@@ -158,13 +158,13 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
         what = "a link" if stat.S_ISLNK(mode) else "a directory"
-        raise RecipeError(f"{start}{file}: is {what}; name a file that does not exist yet.")
+        raise RecipeError(f"{start}{file}", f"is {what}", "name a file that does not exist yet")
     if not is_ours(path):
         raise RecipeError(
-            f"{start}{file}: exists, and is not as modmoe wrote it; name another file, or remove it yourself."
+            f"{start}{file}", "exists, and is not as modmoe wrote it", "name another file, or remove it yourself"
         )
     if not overwrite:
-        raise RecipeError(f"{start}{file}: exists; name another file or pass --overwrite.")
+        raise RecipeError(f"{start}{file}", "exists", "name another file or pass --overwrite")
     return path
 
 

@@ -195,13 +195,14 @@ class Plan:
         used = {name for op in self.ops.values() for name in op.inputs}
         for name in sorted(used - shapes.keys()):
             raise PlanError(
-                f"{source.directory}: '{name}' is not in the checkpoint, and the plan reads it; say under `family:` in "
-                "a recipe where the FFNs lie."
+                str(source.directory),
+                f"'{name}' is not in the checkpoint, and the plan reads it",
+                "say under `family:` in a recipe where the FFNs lie",
             )
         for name in sorted(self.dropped - shapes.keys()):
-            raise PlanError(f"{source.directory}: '{name}' is to be left out but is not in the checkpoint.")
+            raise PlanError(str(source.directory), f"'{name}' is to be left out but is not in the checkpoint")
         for name in sorted(shapes.keys() - used - self.dropped):
-            raise PlanError(f"{source.directory}: '{name}' is neither used nor left out by the plan.")
+            raise PlanError(str(source.directory), f"'{name}' is neither used nor left out by the plan")
         made: dict[str, Shape] = {}
         for name, op in self.ops.items():
             try:

@@ -124,7 +124,7 @@ def write_shards(
     for path, tensors in shards.items():
         for name, made in tensors.items():
             if made.dtype not in _NAMES:
-                raise CheckpointError(f"{path.parent}: '{name}' has type {made.dtype}, which is not supported.")
+                raise CheckpointError(str(path.parent), f"'{name}' has type {made.dtype}, which is not supported")
     try:
         for path, tensors in shards.items():
             opening, begins = lay_out(tensors)
@@ -147,7 +147,7 @@ def _write_tensor(add: Callable[[int], None], job: tuple[Path, int, str, Made]) 
     def hashed() -> Iterator[memoryview]:
         for piece in made.pieces():
             if piece.dtype != made.dtype:
-                raise CheckpointError(f"{path.parent}: '{name}' was made as {piece.dtype}, not {made.dtype}.")
+                raise CheckpointError(str(path.parent), f"'{name}' was made as {piece.dtype}, not {made.dtype}")
             for chunk in chunks(piece):
                 digest.update(chunk)
                 yield chunk
@@ -155,7 +155,7 @@ def _write_tensor(add: Callable[[int], None], job: tuple[Path, int, str, Made]) 
 
     written = _write_at(path, begin, hashed())
     if written != made.size_bytes:
-        raise CheckpointError(f"{path.parent}: '{name}' was made with {written} bytes, not {made.size_bytes}.")
+        raise CheckpointError(str(path.parent), f"'{name}' was made with {written} bytes, not {made.size_bytes}")
     return name, digest.hexdigest()
 
 

@@ -47,28 +47,30 @@ def _check_directory(out: str | Path, *, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise RecipeError(f"{out}: is {kind_of(path)}; name a directory that does not exist yet.")
+        raise RecipeError(str(out), f"is {kind_of(path)}", "name a directory that does not exist yet")
     try:
         is_empty = not any(path.iterdir())
         # a mount of a container's volume can only be written into, and then it would not be whole or absent
         if path.is_mount():
             raise RecipeError(
-                f"{out}: is a mounted disk, whose name cannot be changed when all is written; name a directory in it, "
-                f"such as {Path(out) / 'model'}."
+                str(out),
+                "is a mounted disk, whose name cannot be changed when all is written",
+                f"name a directory in it, such as {Path(out) / 'model'}",
             )
         if is_empty:
             return
         if not overwrite:
             remedy = "name another directory" + (" or pass --overwrite" if (path / SEAL).is_file() else "")
-            raise RecipeError(f"{out}: is not empty; {remedy}.")
+            raise RecipeError(str(out), "is not empty", f"{remedy}")
         foreign = find_foreign(path)
     except OSError as error:
         place = error.filename or out
-        raise RecipeError(f"{place}: {os.strerror(error.errno or 0)}; name another directory.") from None
+        raise RecipeError(str(place), f"{os.strerror(error.errno or 0)}", "name another directory") from None
     if foreign is not None:
         raise RecipeError(
-            f"{out}: holds {foreign}, and --overwrite replaces only what modmoe wrote; name another directory, or "
-            "remove this one yourself."
+            str(out),
+            f"holds {foreign}, and --overwrite replaces only what modmoe wrote",
+            "name another directory, or remove this one yourself",
         )
 
 
@@ -78,17 +80,17 @@ def _check_partial(partial: Path) -> None:
         return
     remedy = "move it away, or name another output"
     if partial.is_symlink() or not partial.is_dir():
-        raise RecipeError(f"{partial}: is in the way and not of modmoe; {remedy}.")
+        raise RecipeError(str(partial), "is in the way and not of modmoe", f"{remedy}")
     try:
         if not any(partial.iterdir()):
             return
         stranger = find_stranger(partial)
     except OSError as error:
-        raise RecipeError(f"{partial}: {os.strerror(error.errno or 0)}; {remedy}.") from None
+        raise RecipeError(str(partial), f"{os.strerror(error.errno or 0)}", f"{remedy}") from None
     if not is_marked(partial):
-        raise RecipeError(f"{partial}: is in the way, and no run of modmoe left it; {remedy}.")
+        raise RecipeError(str(partial), "is in the way, and no run of modmoe left it", f"{remedy}")
     if stranger is not None:
-        raise RecipeError(f"{partial}: holds '{stranger}', which modmoe did not write; {remedy}.")
+        raise RecipeError(str(partial), f"holds '{stranger}', which modmoe did not write", f"{remedy}")
 
 
 def check_space(out: str | Path, size_bytes: int) -> None:
@@ -99,8 +101,9 @@ def check_space(out: str | Path, size_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place).free
     if size_bytes > free_bytes:
         raise RecipeError(
-            f"{out}: needs {size_bytes:,} bytes, and {free_bytes:,} are free there; free some space or name another "
-            "directory."
+            str(out),
+            f"needs {size_bytes:,} bytes, and {free_bytes:,} are free there",
+            "free some space or name another directory",
         )
 
 
@@ -133,7 +136,7 @@ def open_output(
     path, partial = target_of(out), partial_of(out)
     check_output(out, overwrite=overwrite)
     if path.is_dir() and path.samefile(Path.cwd()):
-        raise RecipeError(f"{out}: is the working directory, which cannot be replaced; name a directory in it.")
+        raise RecipeError(str(out), "is the working directory, which cannot be replaced", "name a directory in it")
     check_space(path, size_bytes)
     made: list[Path] = []
     try:
@@ -211,7 +214,7 @@ def _claimed(partial: Path, name: str) -> Iterator[None]:
         except BlockingIOError as error:
             os.close(handle)
             raise RecipeError(
-                f"{name}: another run is writing there; wait for it or name another directory."
+                str(name), "another run is writing there", "wait for it or name another directory"
             ) from error
         except FileNotFoundError:
             pass
@@ -269,7 +272,7 @@ def _publish(partial: Path, path: Path, before: Mapping[str, object], *, spent: 
         is_old = path.exists() and bool(before)
         if is_old:
             if snapshot(path) != before:
-                raise RecipeError(f"{name}: was changed by somebody while modmoe worked; name another directory.")
+                raise RecipeError(str(name), "was changed by somebody while modmoe worked", "name another directory")
             # what was there is marked as well, so that a run that finds it under another name knows what it is
             (path / MARK).touch()
         change = _exchange if is_old else Path.rename
@@ -280,7 +283,7 @@ def _publish(partial: Path, path: Path, before: Mapping[str, object], *, spent: 
                 _unmark(path)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise RecipeError(
-                    f"{name}: somebody wrote there while modmoe worked; name another directory."
+                    str(name), "somebody wrote there while modmoe worked", "name another directory"
                 ) from error
             raise
         try:
@@ -311,7 +314,7 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(code, os.strerror(code), str(second))
     old = _replaced(second)
     if os.path.lexists(old):
-        raise RecipeError(f"{old}: is in the way, and not of modmoe; move it away, or name another output.")
+        raise RecipeError(str(old), "is in the way, and not of modmoe", "move it away, or name another output")
     second.rename(old)
     try:
         first.rename(second)

@@ -137,8 +137,9 @@ def my_turns(batches: Mapping[str, Sequence[Batch]]) -> list[Turn]:
     turns = turns_of(batches)
     if len(turns) < ranks.num_ranks():
         raise CalibrationError(
-            f"calibration: {len(turns)} batches are too few for {ranks.num_ranks()} processes; start fewer, or lower "
-            "calibration.batch_size."
+            "calibration",
+            f"{len(turns)} batches are too few for {ranks.num_ranks()} processes",
+            "start fewer, or lower calibration.batch_size",
         )
     return [turn for turn in turns if ranks.is_mine(turn.index)]
 
@@ -291,8 +292,8 @@ def count_tokens(batches: Mapping[str, Sequence[Batch]]) -> dict[str, int]:
     """Return the tokens of each task; CalibrationError for a task without any."""
     counts = {name: sum(batch.num_tokens for batch in task) for name, task in batches.items()}
     if not counts:
-        raise CalibrationError("tasks: no task is given; name at least one file of text.")
+        raise CalibrationError("tasks", "no task is given", "name at least one file of text")
     for name, count in counts.items():
         if not count:
-            raise CalibrationError(f"tasks.{name}: no tokens; name a file with text in it.")
+            raise CalibrationError(f"tasks.{name}", "no tokens", "name a file with text in it")
     return counts

@@ -99,8 +99,9 @@ class Template:
                 break
         if best is None:
             raise CalibrationError(
-                f"{place}: the chat template refuses its messages: {reason_of(refusal or ValueError())}; mend the row "
-                "or the template."
+                str(place),
+                f"the chat template refuses its messages: {reason_of(refusal or ValueError())}",
+                "mend the row or the template",
             ) from refusal
         return best[1], best[2]
 
@@ -110,7 +111,7 @@ def options_of(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     words = row.get("chat_template_kwargs", {})
     for name in words:
         if name in _names_in_use():
-            raise CalibrationError(f"{place}: 'chat_template_kwargs' cannot set '{name}'; take it out.")
+            raise CalibrationError(str(place), f"'chat_template_kwargs' cannot set '{name}'", "take it out")
     return {**words, **({"tools": row["tools"]} if "tools" in row else {})}
 
 

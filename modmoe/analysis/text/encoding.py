@@ -139,8 +139,9 @@ def _check_ids(tokenizer: Any, rows: TaskRows, index: int, ids: Sequence[int], n
     wrong = min(ids) if min(ids) < 0 else max(ids)
     has = "" if num_embeddings is None else f", and the embeddings have {num_embeddings} rows"
     raise CheckpointError(
-        f"{_name_of(tokenizer)}: row {rows.numbers[index]} of {rows.place} has the "
-        f"token {wrong}{has}; use the tokenizer that belongs to the model, or widen the embeddings."
+        str(_name_of(tokenizer)),
+        f"row {rows.numbers[index]} of {rows.place} has the token {wrong}{has}",
+        "use the tokenizer that belongs to the model, or widen the embeddings",
     )
 
 
@@ -244,7 +245,7 @@ class _Encoder:
         text, way = self._template.choose(place, messages, options)
         if not self._is_steady and self._template.run(way(messages), options) != text:
             raise CalibrationError(
-                f"{place}: the chat template writes another text each time, such as the time of day; take that out."
+                str(place), "the chat template writes another text each time, such as the time of day", "take that out"
             )
         self._is_steady = True
         conversation = Conversation(place, self._template, way(messages), options, text)

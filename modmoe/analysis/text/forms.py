@@ -57,7 +57,9 @@ def check_row(place: str, row: Mapping[str, Any], *, is_filled: bool = False) ->
     if form == ("prompt", "completion"):
         _agree(place, found)
         if any(not is_learned(message) for message in found["completion"] if isinstance(message, dict)):
-            raise CalibrationError(f"{place}: 'completion' has a message of 'weight' 0; write the row as 'messages'.")
+            raise CalibrationError(
+                str(place), "'completion' has a message of 'weight' 0", "write the row as 'messages'"
+            )
     if isinstance(found[form[-1]], list):
         found |= _check_extras(place, row, is_filled=is_filled)
     elif isinstance(row.get("tools"), list) and row["tools"]:
@@ -134,7 +136,9 @@ def _agree(place: str, row: dict[str, Any]) -> None:
         if not value:
             row[column] = "" if kinds[column] else []
             return
-    raise CalibrationError(f"{place}: of 'prompt' and 'completion' one is text and one is messages; write both alike.")
+    raise CalibrationError(
+        str(place), "of 'prompt' and 'completion' one is text and one is messages", "write both alike"
+    )
 
 
 def _check_messages(place: str, value: Any, *, is_filled: bool) -> list[dict[str, Any]]:
@@ -158,7 +162,7 @@ def _check_message(place: str, value: dict[str, Any], *, is_filled: bool) -> dic
         raise CalibrationError(f"{place} lacks 'role' or 'content'; each needs both.")
     check_text(f"{place}: 'role'", message["role"])
     if message.get("weight", 1) not in (0, 1):
-        raise CalibrationError(f"{place}: 'weight' is {message['weight']!r:.40}; write 1 to learn it, 0 not to.")
+        raise CalibrationError(str(place), f"'weight' is {message['weight']!r:.40}", "write 1 to learn it, 0 not to")
     content = message.get("content", "")
     if isinstance(content, list):
         for part in content:
@@ -185,12 +189,12 @@ def _check_calls(place: str, value: Any, *, is_filled: bool) -> list[dict[str, A
     if isinstance(calls, list):
         calls = [_parse(f"{place}: 'tool_calls'", call) if isinstance(call, str) else call for call in calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise CalibrationError(f"{place}: 'tool_calls' is not a list of objects; write it as one.")
+        raise CalibrationError(str(place), "'tool_calls' is not a list of objects", "write it as one")
     calls = [without_none(call) for call in calls] if is_filled else calls
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise CalibrationError(f"{place}: a tool call has no 'name' of its function; add it.")
+            raise CalibrationError(str(place), "a tool call has no 'name' of its function", "add it")
     return calls
 
 
@@ -201,12 +205,12 @@ def _check_extras(place: str, row: Mapping[str, Any], *, is_filled: bool) -> dic
     if not _is_blank(tools):
         tools = [_parse(f"{place}: 'tools'", tool) for tool in tools] if isinstance(tools, list) else tools
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise CalibrationError(f"{place}: 'tools' is not a list of objects; write it as one, or as JSON of one.")
+            raise CalibrationError(str(place), "'tools' is not a list of objects", "write it as one, or as JSON of one")
         extras["tools"] = [without_none(tool) for tool in tools] if is_filled else tools
     words = row.get("chat_template_kwargs")
     if not _is_blank(words):
         if not isinstance(words, dict):
-            raise CalibrationError(f"{place}: 'chat_template_kwargs' is not an object; write it as one.")
+            raise CalibrationError(str(place), "'chat_template_kwargs' is not an object", "write it as one")
         extras["chat_template_kwargs"] = without_none(words) if is_filled else words
     for text in strings_of(extras):
         check_text(place, text)

@@ -88,7 +88,9 @@ def read_rows(name: str, file: str, limit: int | None = None) -> TaskRows:
         try:
             found, num_forms = check_row(f"{place}: row {number}", row, is_filled=is_hub or file.endswith(".parquet"))
         except RecursionError as error:
-            raise CalibrationError(f"{place}: row {number}: its values lie too deep in one another; cut it.") from error
+            raise CalibrationError(
+                str(place), f"row {number}: its values lie too deep in one another", "cut it"
+            ) from error
         num_ambiguous += num_forms > 1
         if found is None:
             left_out[EMPTY] += 1
@@ -96,9 +98,9 @@ def read_rows(name: str, file: str, limit: int | None = None) -> TaskRows:
             rows.append(found)
             numbers.append(number)
     if not rows and not left_out:
-        raise CalibrationError(f"{place}: holds no rows; name a file with text in it.")
+        raise CalibrationError(str(place), "holds no rows", "name a file with text in it")
     if not rows:
-        raise CalibrationError(f"{place}: the text of every row is empty; name a file with text in it.")
+        raise CalibrationError(str(place), "the text of every row is empty", "name a file with text in it")
     return TaskRows(name, file, rows, numbers, left_out, num_ambiguous)
 
 
@@ -116,9 +118,9 @@ def _read_file(place: str, path: Path, limit: int | None) -> _Numbered:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise CalibrationError(f"{place}:{line}: not valid UTF-8; save the file as UTF-8.") from error
+        raise CalibrationError(f"{place}:{line}", "not valid UTF-8", "save the file as UTF-8") from error
     except OSError as error:
-        raise CalibrationError(f"{place}: {error.strerror or error}; make the file readable.") from error
+        raise CalibrationError(str(place), f"{error.strerror or error}", "make the file readable") from error
     return _parse_text(text) if path.suffix == ".txt" else _parse_json(place, path, text, limit)
 
 
@@ -127,8 +129,9 @@ def _check_size(place: str, path: Path) -> None:
     size_bytes, most = path.stat().st_size, _MOST_TEXT_BYTES if path.suffix == ".txt" else _MOST_JSON_BYTES
     if size_bytes > most:
         raise CalibrationError(
-            f"{place}: has {size_bytes:,} bytes, over {most:,}; write it as .jsonl, which is read line by line, or cut "
-            "it."
+            str(place),
+            f"has {size_bytes:,} bytes, over {most:,}",
+            "write it as .jsonl, which is read line by line, or cut it",
         )
 
 
@@ -137,12 +140,14 @@ def _read_lines(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(iter(lambda: handle.readline(_MOST_LINE_BYTES + 1), b""), 1):
             if len(line) > _MOST_LINE_BYTES:
                 raise CalibrationError(
-                    f"{place}:{number}: the line has over {_MOST_LINE_BYTES:,} bytes; cut its text into several rows."
+                    f"{place}:{number}",
+                    f"the line has over {_MOST_LINE_BYTES:,} bytes",
+                    "cut its text into several rows",
                 )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise CalibrationError(f"{place}:{number}: not valid UTF-8; save the file as UTF-8.") from error
+                raise CalibrationError(f"{place}:{number}", "not valid UTF-8", "save the file as UTF-8") from error
             if text.strip():
                 yield number, _check_object(f"{place}:{number}", _decode(f"{place}:{number}", text))
 
@@ -158,11 +163,13 @@ def _parse_json(place: str, path: Path, text: str, limit: int | None) -> _Number
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and first.rstrip().endswith("}"):
             return list(islice(_read_lines(place, path), limit))
         line = getattr(error, "lineno", 1)
-        raise CalibrationError(f"{place}:{line}: not valid JSON: {reason_of(error)}.") from error
+        raise CalibrationError(f"{place}:{line}", f"not valid JSON: {reason_of(error)}") from error
     if not isinstance(value, list):
         if isinstance(value, dict) and any(set(form) <= set(value) for form in FORMS):
             return [(1, value)]
-        raise CalibrationError(f"{place}: holds a JSON {type(value).__name__}, not a list of objects; write a list.")
+        raise CalibrationError(
+            str(place), f"holds a JSON {type(value).__name__}, not a list of objects", "write a list"
+        )
     return [(number, _check_object(f"{place}: row {number}", row)) for number, row in enumerate(value[:limit], 1)]
 
 
@@ -211,11 +218,12 @@ def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
                 number += 1
                 yield number, row
     except Exception as error:  # a damaged file, or values that Python has not, end in a dozen kinds
-        raise CalibrationError(f"{place}: not a readable parquet file: {reason_of(error)}.") from error
+        raise CalibrationError(str(place), f"not a readable parquet file: {reason_of(error)}") from error
     if max(in_all, seen_bytes) > most:
         raise CalibrationError(
-            f"{place}: holds over {_MOST_GROWTH} times its {path.stat().st_size:,} bytes of text, which would fill the "
-            "memory; drop what repeats, or write it as .jsonl."
+            str(place),
+            f"holds over {_MOST_GROWTH} times its {path.stat().st_size:,} bytes of text, which would fill the memory",
+            "drop what repeats, or write it as .jsonl",
         )
 
 
@@ -231,7 +239,7 @@ def _read_hub(place: str, file: str, limit: int | None) -> _Numbered:
 
     parts = file.removeprefix("hub:").split(":")
     if len(parts) > 3 or not parts[0]:
-        raise CalibrationError(f"{place}: write hub:ID, hub:ID:CONFIG or hub:ID:CONFIG:SPLIT.")
+        raise CalibrationError(str(place), "write hub:ID, hub:ID:CONFIG or hub:ID:CONFIG:SPLIT")
     if len(parts) == 2 and parts[1] in _SPLITS:
         parts = [parts[0], "", parts[1]]
     parts += [""] * (3 - len(parts))
@@ -248,12 +256,12 @@ def _decode(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place}: not valid JSON: {reason_of(error)}; mend or remove the line.") from error
+        raise CalibrationError(str(place), f"not valid JSON: {reason_of(error)}", "mend or remove the line") from error
 
 
 def _check_object(place: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise CalibrationError(f'{place}: is a JSON {type(value).__name__}, not an object; write {{"text": ...}}.')
+        raise CalibrationError(str(place), f"is a JSON {type(value).__name__}, not an object", 'write {"text": ...}')
     return value

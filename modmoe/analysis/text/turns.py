@@ -169,9 +169,10 @@ class Conversation:
             if holds(self._text[slice(*region)], _core(self._messages[index])):
                 return region
         raise CalibrationError(
-            f"{self._place}: the chat template leaves message {index + 1}, which is the assistant's, out of its text, "
-            "or rewrites it so that it is not to be found; leave the row out, or mark the assistant's turns in the "
-            "template with {% generation %}."
+            str(self._place),
+            f"the chat template leaves message {index + 1}, which is the assistant's, out of "
+            "its text, or rewrites it so that it is not to be found",
+            "leave the row out, or mark the assistant's turns in the template with {% generation %}",
         )
 
     def _run_with(self, index: int, message: dict[str, Any]) -> str | None:

@@ -146,25 +146,27 @@ def _adapters(base: nn.Module, name: str) -> dict[int, MixLoRA]:
         if not isinstance(module, Site) or not len(module.adapters):
             continue
         if not issubclass(module.adapter_class, MixLoRA):
-            raise ExportError(f"{path}: a {module.adapter_class.method} adapter lies beside the MixLoRA; remove it.")
+            raise ExportError(
+                str(path), f"a {module.adapter_class.method} adapter lies beside the MixLoRA", "remove it"
+            )
         names.update(module.adapters.keys())
         if name in module.adapters:
             found[cast(int, module.layer)] = cast(MixLoRA, module.adapters[name])
     if not names:
         raise ExportError("the model has no MixLoRA adapter; attach or load one first.")
     if not found:
-        raise ExportError(f"name: no MixLoRA adapter '{name}'.{did_you_mean(name, names)}")
+        raise ExportError("name", f"no MixLoRA adapter '{name}'", did_you_mean(name, names))
     return dict(sorted(found.items()))
 
 
 def _choose(target: str, model_type: str) -> str:
     if target != "auto" and target not in TARGETS:
-        raise ExportError(f"target: no target '{target}'.{did_you_mean(target, ['auto', *TARGETS])}")
+        raise ExportError("target", f"no target '{target}'", did_you_mean(target, ["auto", *TARGETS]))
     fitting = [name for name, kind in TARGETS.items() if model_type in kind.sources]
     if not fitting or target not in ("auto", *fitting):
         known = ", ".join(f"{name} for {' and '.join(kind.sources)}" for name, kind in TARGETS.items())
         wanted = "no target continues" if target == "auto" else f"{target} does not continue"
-        raise ExportError(f"target: {wanted} a '{model_type}' model; there is {known}.")
+        raise ExportError("target", f"{wanted} a '{model_type}' model", f"there is {known}")
     return fitting[0] if target == "auto" else target
 
 

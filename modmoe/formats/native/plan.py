@@ -96,15 +96,15 @@ def native_export(
         ExportError: no such target or client, or the target cannot hold the model; says why and which forms can.
     """
     if target not in ("auto", *TARGETS):
-        raise ExportError(f"target: no target '{target}'.{did_you_mean(target, ['auto', *TARGETS])}")
+        raise ExportError("target", f"no target '{target}'", did_you_mean(target, ["auto", *TARGETS]))
     if client not in CLIENTS:
-        raise ExportError(f"client: no client '{client}'.{did_you_mean(client, CLIENTS)}")
+        raise ExportError("client", f"no client '{client}'", did_you_mean(client, CLIENTS))
     model_type = str((tied.config.get("dense_config") or {}).get("model_type"))
     names = [name for name, row in TARGETS.items() if model_type in row.sources] if target == "auto" else [target]
     if not names:
         known = sorted({source for row in TARGETS.values() for source in row.sources})
         raise ExportError(
-            f"{tied.directory}: no native target holds a '{model_type}' model (only {', '.join(known)}){instead}."
+            str(tied.directory), f"no native target holds a '{model_type}' model (only {', '.join(known)}){instead}"
         )
     model = TiedModel(tied, dtype, take)
     names.sort(key=lambda name: bool(model.shared_modules) and TARGETS[name].shared is None)
@@ -115,7 +115,7 @@ def native_export(
             return _export(model, name, client, refused if target == "auto" else {})
         refused[name] = reason
     said = "; ".join(f"{name} can't hold {reason}" for name, reason in _by_reason(refused))
-    raise ExportError(f"{tied.directory}: {said}{instead}.")
+    raise ExportError(str(tied.directory), f"{said}{instead}")
 
 
 def _by_reason(refused: dict[str, str]) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def weights_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if dtype.is_floating_point:
             counts[dtype] = counts.get(dtype, 0) + torch.Size(checkpoint.shape(name)).numel()
     if not counts or max(counts, key=counts.__getitem__) not in TOLERANCES:
-        raise ExportError(f"{checkpoint.directory}: its weights are not floating-point numbers of 16 to 64 bits.")
+        raise ExportError(str(checkpoint.directory), "its weights are not floating-point numbers of 16 to 64 bits")
     return max(counts, key=counts.__getitem__)
 
 

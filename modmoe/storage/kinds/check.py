@@ -74,7 +74,9 @@ def check_source(
 def check_rows(directory: Path, rows: int | None) -> None:
     """Raise CheckpointError where the tokenizer in ``directory`` is none, or can give a token without a row."""
     if not has_tokenizer(directory):
-        raise CheckpointError(f"{directory}: no usable tokenizer: there is no file of one; copy the tokenizer there.")
+        raise CheckpointError(
+            str(directory), "no usable tokenizer: there is no file of one", "copy the tokenizer there"
+        )
     problem = None if rows is None else find_rowless(directory, rows)
     if problem is not None:
         raise CheckpointError(str(problem))
