@@ -123,15 +123,16 @@ def _run(
     source: Path, partial: Path, states: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
 ) -> dict[str, Any]:
     if is_adapted(source):
-        raise RecipeError(f"{source}: was exported with its adapter inside; train the adapter it was made from.")
+        raise RecipeError(str(source), "was exported with its adapter inside", "train the adapter it was made from")
     if is_adapter(source) and recipe.finetune.train == "full":
         # the base model's weights are not here: all that can learn is the adapter
         recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
     wanted, trust = recipe.finetune, recipe.trust_remote_code
     if wanted.batch_size % ranks.num_ranks():
         raise RecipeError(
-            f"finetune.batch_size: {wanted.batch_size} sequences do not divide among {ranks.num_ranks()} processes; "
-            "give a multiple."
+            "finetune.batch_size",
+            f"{wanted.batch_size} sequences do not divide among {ranks.num_ranks()} processes",
+            "give a multiple",
         )
     progress("loading")
     device = pick_device(recipe.device)
@@ -243,7 +244,7 @@ def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, Lora
     if recipe.finetune.train == "adapters":
         return load_with_adapter(source, str(recipe.source or source), recipe, device), None
     if is_adapter(source):
-        raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
+        raise RecipeError("finetune.train", f"{source} is an adapter, so its weights are not here", "train adapters")
     config = read_config(source)
     if is_tied_type(config.get("model_type")):
         check_auto_map(config)  # now, rather than when all is trained and to be written
