@@ -18,7 +18,7 @@ _MOST = 1 << 16
 def find_config(method: str) -> type[RoutedConfig]:
     """Return a method's configuration class; AdapterError for an unknown name."""
     if method not in CONFIGS:
-        raise AdapterError(f"adapter.method: no method '{method}'.{did_you_mean(method, CONFIGS)}")
+        raise AdapterError("adapter.method", f"no method '{method}'", did_you_mean(method, CONFIGS))
     return CONFIGS[method]
 
 
@@ -40,7 +40,7 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     """
     kind = find_config(method)
     if parameters < 1:
-        raise AdapterError(f"budget: {parameters} is no number of parameters; at least 1 is needed.")
+        raise AdapterError("budget", f"{parameters} is no number of parameters", "at least 1 is needed")
     start = make_config(method, settings)
     fields = {field.name for field in dataclasses.fields(kind)}
     has_rank = "r" in fields and "r" not in settings
@@ -68,7 +68,9 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     if not found:
         least = _with(start, **({"r": 1} if has_rank else {}), **({"num_experts": fewest} if has_experts else {}))
         raise AdapterError(
-            f"budget: {parameters} parameters are too few for {method}; its smallest has {least.num_parameters(model)}."
+            "budget",
+            f"{parameters} parameters are too few for {method}",
+            f"its smallest has {least.num_parameters(model)}",
         )
     near = [item for item in found if item[0] >= (1 - _NEAR) * parameters]
     if near:
@@ -82,9 +84,11 @@ def make_config(method: str, settings: dict[str, Any]) -> RoutedConfig:
     known = {field.name for field in dataclasses.fields(kind)}
     for name in settings:
         if name not in known:
-            raise AdapterError(f"adapter.settings.{name}: {method} has no such setting.{did_you_mean(name, known)}")
+            raise AdapterError(f"adapter.settings.{name}", f"{method} has no such setting", did_you_mean(name, known))
         if isinstance(settings[name], int) and settings[name] > _MOST:
-            raise AdapterError(f"adapter.settings.{name}: {settings[name]!r:.24} is more than {_MOST:,}; choose less.")
+            raise AdapterError(
+                f"adapter.settings.{name}", f"{settings[name]!r:.24} is more than {_MOST:,}", "choose less"
+            )
     return kind(**settings)
 
 

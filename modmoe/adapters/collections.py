@@ -37,13 +37,13 @@ def gather_loras(model: nn.Module, directories: Sequence[str | Path], *, core_ro
         AdapterError: one is no plain LoRA, or has weights that the model has no layer for.
     """
     if not directories:
-        raise AdapterError("loras: none was given; name the directories of trained LoRAs.")
+        raise AdapterError("loras", "none was given", "name the directories of trained LoRAs")
     collection = [_read(Path(directory)) for directory in directories]
     paths = sorted({path for loras in collection for path in loras})
     modules = dict(model.named_modules())
     for path in paths:
         if path not in modules:
-            raise AdapterError(f"loras: the model has no layer {path}; it is not the one that they were trained on.")
+            raise AdapterError("loras", f"the model has no layer {path}", "it is not the one that they were trained on")
     stacked = {}
     for path in paths:
         stacked[path] = stack_loras([loras.get(path) or _nothing(path, collection) for loras in collection])
@@ -71,10 +71,10 @@ def gather_loras(model: nn.Module, directories: Sequence[str | Path], *, core_ro
 def _read(directory: Path) -> dict[str, LoRAWeights]:
     """Return A, B and the scale of each layer of a LoRA directory."""
     if not (directory / WEIGHTS).is_file():
-        raise AdapterError(f"{directory}: holds no {WEIGHTS}.")
+        raise AdapterError(str(directory), f"holds no {WEIGHTS}")
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save or config.target_parameters:
-        raise AdapterError(f"{directory}: is no plain LoRA on linear layers, and only those become cores.")
+        raise AdapterError(str(directory), "is no plain LoRA on linear layers, and only those become cores")
     tensors = load_file(directory / WEIGHTS)
     found: dict[str, LoRAWeights] = {}
     used = set()
@@ -84,11 +84,11 @@ def _read(directory: Path) -> dict[str, LoRAWeights]:
             continue
         other = name.replace(".lora_A.", ".lora_B.")
         if other not in tensors:
-            raise AdapterError(f"{directory}: {other} is missing; the file is incomplete.")
+            raise AdapterError(str(directory), f"{other} is missing", "the file is incomplete")
         used |= {name, other}
         found[path] = tensors[name], tensors[other], _scale(config, path, tensors[name])
     if used != tensors.keys():
-        raise AdapterError(f"{directory}: {sorted(tensors.keys() - used)[0]} is no part of a plain LoRA.")
+        raise AdapterError(str(directory), f"{sorted(tensors.keys() - used)[0]} is no part of a plain LoRA")
     return found
 
 

@@ -66,10 +66,10 @@ class RoutedConfig(PeftConfig):
         for name, known in (("loss_scope", ("layer", "all")), ("loss_tokens", ("tokens", "answers"))):
             if getattr(self, name) not in known:
                 raise AdapterError(
-                    f"{name}: no such value '{getattr(self, name)}'.{did_you_mean(str(getattr(self, name)), known)}"
+                    str(name), f"no such value '{getattr(self, name)}'", did_you_mean(str(getattr(self, name)), known)
                 )
         if self.exclude_modules:
-            raise AdapterError("exclude_modules: routed adapters have no use for it; name target_modules instead.")
+            raise AdapterError("exclude_modules", "routed adapters have no use for it", "name target_modules instead")
 
     def settings(self) -> Any:
         """Return the method's settings alone."""
@@ -195,10 +195,10 @@ class RoutedTuner(BaseTuner):
         config._from_file = getattr(config, "base_fingerprint", None) is not None
         self.peft_config[adapter_name] = config
         if not isinstance(config, RoutedConfig) or METHODS[config.method] is not self.method:
-            raise AdapterError(f"peft_type: {config.peft_type} cannot be added beside {self.prefix}; load it alone.")
+            raise AdapterError("peft_type", f"{config.peft_type} cannot be added beside {self.prefix}", "load it alone")
         if config.layout != LAYOUT:
             raise AdapterError(
-                f"layout: the adapter's tensors are laid out as '{config.layout}'; this version reads {LAYOUT}."
+                "layout", f"the adapter's tensors are laid out as '{config.layout}'", f"this version reads {LAYOUT}"
             )
         found = fingerprint(model)
         if config.base_fingerprint is None:
@@ -269,7 +269,7 @@ class RoutedTuner(BaseTuner):
         names = list(self.active_adapters) if adapter_names is None else adapter_names
         for name in names:
             if name not in self.peft_config:
-                raise AdapterError(f"adapter_names: no adapter '{name}'.{did_you_mean(name, self.peft_config)}")
+                raise AdapterError("adapter_names", f"no adapter '{name}'", did_you_mean(name, self.peft_config))
         pairs = [
             (cast(RoutedAdapter, layer.adapters[name]), self.model.get_submodule(layer.path))
             for layer in _layers(self.model)
@@ -290,7 +290,9 @@ class RoutedTuner(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a router has to see every token."""
-        raise AdapterError(f"{self.prefix}: cannot be merged in place; where it folds exactly, use merge_and_unload().")
+        raise AdapterError(
+            str(self.prefix), "cannot be merged in place", "where it folds exactly, use merge_and_unload()"
+        )
 
     def unmerge_adapter(self) -> None:
         """Do nothing: nothing is ever merged in place."""
@@ -298,8 +300,9 @@ class RoutedTuner(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: routers of several adapters have no weighted sum."""
         raise AdapterError(
-            f"add_weighted_adapter: {self.prefix} adapters have routers, and the sum of two routers is neither; "
-            "train one adapter on all tasks, or put LoRAs together with modmoe.adapters.corespace.stack_loras."
+            "add_weighted_adapter",
+            f"{self.prefix} adapters have routers, and the sum of two routers is neither",
+            "train one adapter on all tasks, or put LoRAs together with modmoe.adapters.corespace.stack_loras",
         )
 
 
@@ -307,17 +310,19 @@ def check_foldable(adapter: RoutedAdapter, target: nn.Module) -> None:
     """Raise AdapterError where an adapter's change cannot be added to the layer's weights exactly."""
     if adapter.fold_kind != "exact":
         raise AdapterError(
-            f"{adapter.method}: depends on the token, so it cannot be merged into the weights exactly; "
-            "export it as it is (form tied), or keep the adapter."
+            str(adapter.method),
+            "depends on the token, so it cannot be merged into the weights exactly",
+            "export it as it is (form tied), or keep the adapter",
         )
     for name, weight in adapter.named_parameters():
         if not bool(torch.isfinite(weight).all()):
-            raise AdapterError(f"{adapter.method} at {adapter.site}: {name} has values that are not finite.")
+            raise AdapterError(f"{adapter.method} at {adapter.site}", f"{name} has values that are not finite")
     for name, weight in target.named_parameters(recurse=False):
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise AdapterError(
-                f"{adapter.method} at {adapter.site}: {name} is quantized ({weight.dtype}), so nothing can be merged "
-                "into it; load the base model in bfloat16 or float32."
+                f"{adapter.method} at {adapter.site}",
+                f"{name} is quantized ({weight.dtype}), so nothing can be merged into it",
+                "load the base model in bfloat16 or float32",
             )
 
 

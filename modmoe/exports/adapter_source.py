@@ -81,8 +81,9 @@ def untied_state(base: Any) -> dict[str, Tensor]:
         if name in state and other in state:
             if not torch.equal(state[name], state[other]):
                 raise ExportError(
-                    f"modules_to_save: '{name}' was trained apart from '{other}', to which the base model ties it; "
-                    "only --form adapter can hold that."
+                    "modules_to_save",
+                    f"'{name}' was trained apart from '{other}', to which the base model ties it",
+                    "only --form adapter can hold that",
                 )
             del state[name]
     return state

@@ -127,22 +127,24 @@ def export_adapter(
 def _check(source: Source, form: str, expert: str | None, approximate: bool, tasks: Mapping[str, str]) -> None:
     model_type, place = source.base.config.get("model_type"), source.directory
     if expert is not None:
-        raise ExportError(f"expert: '{expert}' is for converted models; the router of {place} chooses.")
+        raise ExportError("expert", f"'{expert}' is for converted models", f"the router of {place} chooses")
     if form == "packed":
-        raise ExportError("form: packed is for converted models; forms that work: tied, dense, native, adapter.")
+        raise ExportError("form", "packed is for converted models", "forms that work: tied, dense, native, adapter")
     if approximate and form != "dense":
-        raise ExportError(f"approximate: goes with the dense form only; this is {form}.")
+        raise ExportError("approximate", "goes with the dense form only", f"this is {form}")
     if bool(tasks) != approximate:
         lacks = "a fold that is not exact needs text; add --task NAME=FILE." if approximate else "goes with tasks."
         raise ExportError(f"approximate: {lacks}")
     if form == "adapter":
         if source.dtype is not None:
-            raise ExportError("dtype: an adapter alone keeps its float32; leave --dtype out.")
+            raise ExportError("dtype", "an adapter alone keeps its float32", "leave --dtype out")
         return
     if str(model_type).startswith(TIED_PREFIX):
-        raise ExportError(f"{place}: its base model is a {model_type}; only --form adapter can hold that.")
+        raise ExportError(str(place), f"its base model is a {model_type}", "only --form adapter can hold that")
     if form == "tied" and own_code(source.base.config):
-        raise ExportError(f"{place}: '{model_type}' is defined by files of its own; forms that work: adapter, dense.")
+        raise ExportError(
+            str(place), f"'{model_type}' is defined by files of its own", "forms that work: adapter, dense"
+        )
 
 
 def _write_tied(source: Source, writer: CheckpointWriter) -> Written:
@@ -226,8 +228,10 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str, client:
     if METHODS[source.method].adapter.fold != "to_moe":
         known = ", ".join(name for name, method in METHODS.items() if method.adapter.fold == "to_moe")
         raise ExportError(
-            f"{source.directory}: {source.method} is no mixture of whole FFNs, so no other architecture holds it "
-            f"(only {known or 'none'} does); forms that work: tied, adapter."
+            str(source.directory),
+            f"{source.method} is no mixture of whole FFNs, so no other architecture holds "
+            f"it (only {known or 'none'} does)",
+            "forms that work: tied, adapter",
         )
     from modmoe.formats.native.mixlora import base_weights, expand_mixlora
     from modmoe.formats.native.plan import native_warnings

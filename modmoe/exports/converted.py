@@ -209,30 +209,32 @@ def _prove(planned: _Export, tied: OpenedModel, directory: Path, form: str, prog
 
 def _check_words(form: str, target: str, client: str, dtype: str | None) -> None:
     if form not in FORMS:
-        raise ExportError(f"form: no form '{form}'.{did_you_mean(form, FORMS)}")
+        raise ExportError("form", f"no form '{form}'", did_you_mean(form, FORMS))
     if target != "auto" and form != "native":
-        raise ExportError(f"target: '{target}' goes with the native form only; this is {form}.")
+        raise ExportError("target", f"'{target}' goes with the native form only", f"this is {form}")
     if client not in CLIENTS:
-        raise ExportError(f"client: no client '{client}'.{did_you_mean(client, CLIENTS)}")
+        raise ExportError("client", f"no client '{client}'", did_you_mean(client, CLIENTS))
     if client != "transformers" and form != "native":
-        raise ExportError(f"client: '{client}' goes with the native form only; this is {form}.")
+        raise ExportError("client", f"'{client}' goes with the native form only", f"this is {form}")
     if dtype is not None and dtype not in DTYPES:
-        raise ExportError(f"dtype: no dtype '{dtype}'.{did_you_mean(dtype, DTYPES)}")
+        raise ExportError("dtype", f"no dtype '{dtype}'", did_you_mean(dtype, DTYPES))
 
 
 def _check_converted(source: str, directory: Path, form: str, is_approximate: bool) -> None:
     """Raise ExportError unless ``directory`` holds a tied model, and nothing is asked that only adapters have."""
     if is_adapted(directory):
-        raise ExportError(f"{source}: is an export already; export the adapter directory that it was made from.")
+        raise ExportError(str(source), "is an export already", "export the adapter directory that it was made from")
     if form == "adapter":
-        raise ExportError(f"{source}: has no adapter; adapters come from `modmoe convert --method adapters`.")
+        raise ExportError(str(source), "has no adapter", "adapters come from `modmoe convert --method adapters`")
     if not is_tied(directory):
         raise ExportError(
-            f"{source}: is no converted model; export takes what `modmoe convert` or `finetune` wrote. A dense one, "
-            "pruned or not, needs no export: the directory loads as it is."
+            str(source),
+            "is no converted model",
+            "export takes what `modmoe convert` or `finetune` wrote. A dense one, pruned "
+            "or not, needs no export: the directory loads as it is",
         )
     if is_approximate:
-        raise ExportError("approximate: folds an adapter, and this is none; leave --approximate and --task out.")
+        raise ExportError("approximate", "folds an adapter, and this is none", "leave --approximate and --task out")
 
 
 def _plan(
@@ -244,13 +246,13 @@ def _plan(
         expert_number(tied.config, expert)
     if form == "dense":
         if expert is None and len(names) != 1:
-            raise ExportError(f"expert: a dense export keeps one expert; name it, one of {', '.join(names)}.")
+            raise ExportError("expert", "a dense export keeps one expert", f"name it, one of {', '.join(names)}")
         kept = expert or names[0]
         plan = dense_plan(tied, family_of_tied(tied), kept)
         return _Export(plan=plan, target=plan.config["model_type"], expert=kept, needs_code="auto_map" in plan.config)
     if form == "native":
         if expert is not None:
-            raise ExportError(f"expert: a native export keeps all experts; for '{expert}' alone use --form dense.")
+            raise ExportError("expert", "a native export keeps all experts", f"for '{expert}' alone use --form dense")
         native = native_export(tied, target, client, dtype)
         return _Export(
             plan=native.plan,
@@ -262,7 +264,7 @@ def _plan(
             warnings=native.warnings,
         )
     if expert is not None and not by_task:
-        raise ExportError(f"expert: this model's router chooses; for '{expert}' alone use --form dense.")
+        raise ExportError("expert", "this model's router chooses", f"for '{expert}' alone use --form dense")
     if form == "packed":
         plan = packed_plan(tied, expert)
         fixed, name = plan.config["default_expert"], plan.config["model_type"]

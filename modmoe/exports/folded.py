@@ -77,8 +77,10 @@ def write_folded(source: Source, writer: CheckpointWriter, *, approximate: bool,
     limit = TOLERANCES[base.dtype] * folding["max_abs_logit"]
     if is_exact and not folding["mean_abs_logit_diff"] <= limit:
         raise ExportError(
-            f"{source.directory}: folding moves the logits by {folding['mean_abs_logit_diff']:.3g} on average, where "
-            f"{limit:.3g} is allowed; the base model's type is too narrow, so use a wider --dtype."
+            str(source.directory),
+            f"folding moves the logits by {folding['mean_abs_logit_diff']:.3g} on average, where "
+            f"{limit:.3g} is allowed",
+            "the base model's type is too narrow, so use a wider --dtype",
         )
     _write(source, writer, base, changed)
     more: dict[str, Any] = {"folding": {"kind": "exact" if is_exact else "approximate", **folding}}
@@ -163,7 +165,7 @@ def fold_to_single(model: Any) -> Any:
 
     old, base = model.peft_config[NAME_IN_PEFT], model.get_base_model()
     if METHODS[old.method].adapter is not PerftD or old.modules_to_save:
-        raise ExportError(f"{old.method}: only a perft_d without modules_to_save becomes one adapter.")
+        raise ExportError(str(old.method), "only a perft_d without modules_to_save becomes one adapter")
     tensors = {site.path: fold_perft_d(cast(Any, _adapter_of(site))) for site in sites_of(base)}
     made = CONFIGS["perft_s"](
         **dataclasses.asdict(folded_settings(old.settings())),
@@ -207,8 +209,9 @@ def _write(source: Source, writer: CheckpointWriter, base: Any, changed: set[str
         stored = next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in source.base), None)
         if stored is None or source.base.shape(stored) != tuple(tensor.shape):
             raise ExportError(
-                f"{source.base.directory}: has no tensor that '{name}' goes back to; only --form tied or adapter can "
-                "hold this adapter."
+                str(source.base.directory),
+                f"has no tensor that '{name}' goes back to",
+                "only --form tied or adapter can hold this adapter",
             )
         made[stored] = tensor
     for name in source.base:
@@ -226,13 +229,15 @@ def _check_approximate(source: Source, base: Any, approximate: bool) -> None:
     adapters = [_adapter_of(site) for site in sites_of(base)]
     if any(adapter.kind != "linear" or _lacks_weight(adapter) for adapter in adapters if adapter.fold_kind != "exact"):
         raise ExportError(
-            f"{source.directory}: {source.method} is no linear map of what enters a layer, so it has no place in the "
-            "weights; forms that work: tied, adapter."
+            str(source.directory),
+            f"{source.method} is no linear map of what enters a layer, so it has no place in the weights",
+            "forms that work: tied, adapter",
         )
     if not approximate:
         raise ExportError(
-            f"{source.directory}: {source.method} depends on the token, so it does not fold exactly; use --form tied, "
-            "or --approximate with --task NAME=FILE to hold its experts at their mean weights."
+            str(source.directory),
+            f"{source.method} depends on the token, so it does not fold exactly",
+            "use --form tied, or --approximate with --task NAME=FILE to hold its experts at their mean weights",
         )
 
 

@@ -95,7 +95,9 @@ def push(
     _check_repo(repo)
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ExportError(
-            f"revision: a pull request goes to the default branch, not to '{revision}'; drop --revision or --create-pr."
+            "revision",
+            f"a pull request goes to the default branch, not to '{revision}'",
+            "drop --revision or --create-pr",
         )
     say("checking the checkpoint")
     _check_whole(path)
@@ -197,10 +199,12 @@ class _Push:
                 # None leaves the owner's default; another process may make it at the same time
                 made = _again(lambda: self.api.create_repo(self.repo, private=self.private or None, exist_ok=True))
             except KeyError:  # a conflict that is not about this repository comes without its address
-                raise ExportError(f"{self.repo}: the name is taken on the Hub; choose another.") from None
+                raise ExportError(str(self.repo), "the name is taken on the Hub", "choose another") from None
             return made.repo_id
         if self.private and there.private is False:
-            raise ExportError(f"{self.repo}: is there already and is public; make it private first, or drop --private.")
+            raise ExportError(
+                str(self.repo), "is there already and is public", "make it private first, or drop --private"
+            )
         return str(there.id)
 
     def _commit(self, repo_id: str) -> tuple[Any, list[str]]:
@@ -245,7 +249,7 @@ class _Push:
             elif same:
                 same = item.blob_id == _blob_id(self.parcel[file["path"]])
             if not same:
-                raise ExportError(f"{self.repo}: the Hub has not '{file['path']}' as it was sent; push again.")
+                raise ExportError(str(self.repo), f"the Hub has not '{file['path']}' as it was sent", "push again")
 
 
 def _again(call: Callable[[], _Result]) -> _Result:
@@ -300,15 +304,17 @@ def _request(error: BaseException) -> Any:
 def _check_repo(repo: str) -> None:
     name = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
     if not re.fullmatch(f"{name}/{name}", repo, re.ASCII) or "--" in repo or ".." in repo:
-        raise ExportError(f"repo: '{repo}' is no name on the Hub; write OWNER/NAME in letters, digits, '-', '_', '.'.")
+        raise ExportError(
+            "repo", f"'{repo}' is no name on the Hub", "write OWNER/NAME in letters, digits, '-', '_', '.'"
+        )
 
 
 def _check_whole(path: Path) -> None:
     """Raise ExportError unless ``path`` holds a whole checkpoint, with the tensors of its manifest if it has one."""
     if path.name.endswith(".partial"):
-        raise ExportError(f"{path}: is what an unfinished run left; run it again.")
+        raise ExportError(str(path), "is what an unfinished run left", "run it again")
     if not os.path.isdir(path):
-        raise ExportError(f"{path}: no such directory.")
+        raise ExportError(str(path), "no such directory")
     try:
         check_files(path)
         if is_adapter(path):
@@ -323,13 +329,13 @@ def _check_whole(path: Path) -> None:
     try:
         sums = {name: entry["sha256"] for name, entry in json.loads(manifest.read_text("utf-8"))["tensors"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{manifest}: is damaged; export again.") from error
+        raise ExportError(str(manifest), "is damaged", "export again") from error
     if sums.keys() != set(checkpoint):
         name = min(sums.keys() ^ set(checkpoint))
-        raise ExportError(f"{path}: '{name}' is in the manifest or in the weights but not in both; export again.")
+        raise ExportError(str(path), f"'{name}' is in the manifest or in the weights but not in both", "export again")
     for name in checkpoint:
         if tensor_sha256(checkpoint[name]) != sums[name]:
-            raise ExportError(f"{path}: '{name}' is not what was written; the weights were changed or damaged.")
+            raise ExportError(str(path), f"'{name}' is not what was written", "the weights were changed or damaged")
 
 
 def _is_theirs(error: Exception) -> bool:

@@ -33,11 +33,13 @@ def load_with_adapter(source: Path, name: str, recipe: Recipe, device: torch.dev
         model: Any = load(source, trust_remote_code=recipe.trust_remote_code, device=device.type, trainable=True)
         method = model.peft_config["default"].method
         if recipe.adapter.method not in (None, method):
-            raise RecipeError(f"adapter.method: {source} has {method}, not {recipe.adapter.method}; leave it out.")
+            raise RecipeError("adapter.method", f"{source} has {method}, not {recipe.adapter.method}", "leave it out")
         return model
     if recipe.adapter.method is None:
         raise RecipeError(
-            f"finetune.train: {source} has no adapters; name one with --adapter METHOD, or train router, lora or full."
+            "finetune.train",
+            f"{source} has no adapters",
+            "name one with --adapter METHOD, or train router, lora or full",
         )
     model = load(source, trust_remote_code=recipe.trust_remote_code, device=device.type)
     torch.manual_seed(recipe.seed)

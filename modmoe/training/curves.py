@@ -158,7 +158,7 @@ def check_tracker(report_to: str) -> None:
     # wandb writes to a directory of its own name, which Python takes for a package without code
     if found is None or found.origin is None:
         raise RecipeError(
-            f"finetune.report_to: {report_to} is not installed; run `pip install {report_to}`, or leave it out."
+            "finetune.report_to", f"{report_to} is not installed", f"run `pip install {report_to}`, or leave it out"
         )
 
 
@@ -192,7 +192,7 @@ def tracked(trainer: Any, report_to: str, states: Path, *, goes_on: bool) -> Ite
     except Exception as error:
         if type(error).__module__.partition(".")[0] != report_to:
             raise
-        raise RecipeError(f"finetune.report_to: {report_to}: {reason_of(error)}.") from error
+        raise RecipeError("finetune.report_to", f"{report_to}: {reason_of(error)}") from error
     finally:
         if is_ours:
             wandb.finish()  # or it would say its last words when Python ends, to a stdout that is the result's

@@ -70,8 +70,9 @@ def training_set(
         for name in tasks:
             if name not in experts:
                 raise RecipeError(
-                    f"tasks.{name}: is no expert of this model, which is routed by task; its experts are "
-                    f"{', '.join(experts)}."
+                    f"tasks.{name}",
+                    "is no expert of this model, which is routed by task",
+                    f"its experts are {', '.join(experts)}",
                 )
     names, sources = list(tasks), [load_task(name, file) for name, file in tasks.items()]
     read = [Reading(source, tokenizer, learns=True, length=sequence_length) for source in sources]

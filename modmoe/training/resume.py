@@ -61,17 +61,18 @@ def check_run(states: Path, run: dict[str, Any]) -> None:
     try:
         before = json.loads((states / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{states / RECORD}: cannot be read; start anew without --resume.") from error
+        raise RecipeError(str(states / RECORD), "cannot be read", "start anew without --resume") from error
     # as JSON has it, so that a tuple is a list and a float the float that was written
     now = json.loads(json.dumps(run))
     for key in dict.fromkeys([*now, *before]):
         if key in _FREE or now.get(key) == before.get(key):
             continue
         if key == "tokens_sha256":
-            raise RecipeError("tasks: the text is not that of the run to go on with; start anew without --resume.")
+            raise RecipeError("tasks", "the text is not that of the run to go on with", "start anew without --resume")
         raise RecipeError(
-            f"{key}: is {now.get(key)!r}, but {before.get(key)!r} in the run to go on with; give the same, or start "
-            "anew without --resume."
+            str(key),
+            f"is {now.get(key)!r}, but {before.get(key)!r} in the run to go on with",
+            "give the same, or start anew without --resume",
         )
 
 

@@ -295,7 +295,7 @@ def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, Lora
     if recipe.finetune.train == "adapters":
         return load_with_adapter(source, str(recipe.source or source), recipe, device), None
     if is_adapter(source):
-        raise RecipeError(f"finetune.train: {source} is an adapter, so its weights are not here; train adapters.")
+        raise RecipeError("finetune.train", f"{source} is an adapter, so its weights are not here", "train adapters")
     config = read_config(source)
     if is_tied_type(config.get("model_type")):
         check_auto_map(config)  # now, rather than when all is trained and to be written

@@ -24,19 +24,20 @@ def load_teacher(
     teacher: Any = load(source, trust_remote_code=trust_remote_code, dtype=dtype, device=student.device.type)
     place = f"finetune.distill_from: {source}"
     if isinstance(teacher, ModularMixin) and teacher.config.routing == "task":
-        raise RecipeError(f"{place}: is routed by task; name the dense model.")
+        raise RecipeError(str(place), "is routed by task", "name the dense model")
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise RecipeError(
-            f"{place}: predicts {sizes[0]} tokens, the model that learns {sizes[1]}; name a model "
-            "of the same vocabulary."
+            str(place),
+            f"predicts {sizes[0]} tokens, the model that learns {sizes[1]}",
+            "name a model of the same vocabulary",
         )
     try:
         known = load_tokenizer(source, trust_remote_code=trust_remote_code).get_vocab()
     except ModmoeError:
         known = None  # without a tokenizer beside it, the size must do
     if known is not None and known != tokenizer.get_vocab():
-        raise RecipeError(f"{place}: its tokenizer's vocabulary is another; name a model of the same vocabulary.")
+        raise RecipeError(str(place), "its tokenizer's vocabulary is another", "name a model of the same vocabulary")
     teacher.requires_grad_(False)
     frozen: PreTrainedModel = teacher
     return frozen

@@ -30,13 +30,15 @@ def choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> 
     routers = _routers(model)
     if train == "router" and not routers:
         why = "is routed by task and has no router" if is_routed_by_task(model) else "is dense and has no router"
-        raise RecipeError(f"finetune.train: {source} {why}; train lora or full.")
+        raise RecipeError("finetune.train", f"{source} {why}", "train lora or full")
     if train == "lora":
         embeddings: Any = model.get_input_embeddings()
         width = embeddings.weight.shape[1]
         if recipe.finetune.lora_rank > width:
             raise RecipeError(
-                f"finetune.lora_rank: {recipe.finetune.lora_rank} is more than the model's width, {width}; choose less."
+                "finetune.lora_rank",
+                f"{recipe.finetune.lora_rank} is more than the model's width, {width}",
+                "choose less",
             )
         return LoraConfig(
             task_type="CAUSAL_LM",

@@ -94,8 +94,9 @@ class ModularTrainer(SFTTrainer):
             self.train(resume_from_checkpoint=None if state is None else str(state))
         except (pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
-                f"{state}: is damaged, or not a state that was saved here ({reason_of(error, 60)}); delete it and go "
-                "on from the one before, or start anew without --resume."
+                str(state),
+                f"is damaged, or not a state that was saved here ({reason_of(error, 60)})",
+                "delete it and go on from the one before, or start anew without --resume",
             ) from error
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

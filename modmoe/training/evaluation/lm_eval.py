@@ -73,9 +73,9 @@ def evaluate_harness(
         CheckpointError: a model cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("--harness: lm-eval is not installed; pip install 'modmoe[eval]'.")
+        raise RecipeError("--harness", "lm-eval is not installed", "pip install 'modmoe[eval]'")
     if ranks.num_ranks() > 1:
-        raise RecipeError("--harness: runs in one process; leave the launcher out.")
+        raise RecipeError("--harness", "runs in one process", "leave the launcher out")
     with _quiet_lm_eval():
         if progress is not None:
             progress("building the tasks of lm-eval")
@@ -111,7 +111,7 @@ def _build(names: Sequence[str], path: str | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     if path is not None and not os.path.isdir(path):
-        raise RecipeError(f"--harness-path: {path}: no such folder.")
+        raise RecipeError("--harness-path", f"{path}: no such folder")
     if path is not None:
         check_tree(Path(path))
     manager = TaskManager(include_path=path, include_defaults=path is None)

@@ -180,19 +180,20 @@ def expert_of(model: PreTrainedModel, task: str, expert: str | None) -> str | No
     tied = _tied_in(model)
     if tied is None:
         if expert is not None:
-            raise RecipeError(f"--expert: '{expert}' is given, but the model is dense and has no experts.")
+            raise RecipeError("--expert", f"'{expert}' is given, but the model is dense and has no experts")
         return None
     names = list(tied.config.expert_names)
     if expert is not None:
         if expert not in names:
-            raise RecipeError(f"--expert: no expert '{expert}'.{did_you_mean(expert, names)}")
+            raise RecipeError("--expert", f"no expert '{expert}'", did_you_mean(expert, names))
         return expert
     if tied.config.routing != "task" or (tied.routing_state.expert is not None and task not in names):
         return None
     if task not in names:
         raise RecipeError(
-            f"tasks.{task}: is no expert of this model, which is routed by task; name the task as one of "
-            f"{', '.join(names)}, or pass --expert with one of them."
+            f"tasks.{task}",
+            "is no expert of this model, which is routed by task",
+            f"name the task as one of {', '.join(names)}, or pass --expert with one of them",
         )
     return task
 
