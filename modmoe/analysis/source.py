@@ -99,7 +99,7 @@ def open_dense(recipe: Recipe, revision: str | None = None) -> Source:
     model = OpenedModel.at(recipe.source, revision, trust_remote_code=recipe.trust_remote_code)
     checkpoint = model.checkpoint
     if is_tied_type(checkpoint.config.get("model_type")):
-        raise CheckpointError(f"{model.directory}: is a ModularMoE checkpoint already; name the dense one.")
+        raise CheckpointError(str(model.directory), "is a ModularMoE checkpoint already", "name the dense one")
     family = family_of(checkpoint.config, recipe.family, str(model.directory / "config.json"))
     settings = model.settings
     model.check()

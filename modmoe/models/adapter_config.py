@@ -21,11 +21,12 @@ def adapter_method(directory: Path) -> str:
     place = f"{directory / ADAPTER_CONFIG}: peft_type"
     if not kind.startswith(PEFT_PREFIX):
         raise CheckpointError(
-            f"{place}: {kind} is no routed adapter; merge it into its base model with peft (merge_and_unload), and "
-            "name what that gives."
+            str(place),
+            f"{kind} is no routed adapter",
+            "merge it into its base model with peft (merge_and_unload), and name what that gives",
         )
     if method not in METHODS:
-        raise CheckpointError(f"{place}: this version knows no method '{method}'.{did_you_mean(method, METHODS)}")
+        raise CheckpointError(str(place), f"this version knows no method '{method}'", did_you_mean(method, METHODS))
     return method
 
 
@@ -43,5 +44,5 @@ def read_peft_config(directory: Path) -> Any:
                 raise ValueError(f"{name} is {value!r:.80}, and not {'names' if kind is str else 'numbers'}")
     except Exception as error:  # what a stranger's values make of PEFT is of any kind
         place, reason = directory / ADAPTER_CONFIG, reason_of(error, 300)
-        raise CheckpointError(f"{place}: is not the configuration of an adapter: {reason}; restore it.") from error
+        raise CheckpointError(str(place), f"is not the configuration of an adapter: {reason}", "restore it") from error
     return config

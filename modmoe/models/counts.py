@@ -163,12 +163,13 @@ def read_experts(checkpoint: Checkpoint) -> list[list[list[int]]]:
         if name not in checkpoint and "modular" in config:
             name = f"{prefix_of(config, layer)}router.membership"
         if name not in checkpoint:
-            raise CheckpointError(f"{checkpoint.directory}: '{name}' is missing; the checkpoint is not whole.")
+            raise CheckpointError(str(checkpoint.directory), f"'{name}' is missing", "the checkpoint is not whole")
         membership_ES = checkpoint[name]
         if tuple(membership_ES.shape) != (config["num_experts"], stored):
             raise CheckpointError(
-                f"{checkpoint.directory}: '{name}' has shape {tuple(membership_ES.shape)}, but config.json says "
-                f"{(config['num_experts'], stored)}."
+                str(checkpoint.directory),
+                f"'{name}' has shape {tuple(membership_ES.shape)}, but config.json says "
+                f"{(config['num_experts'], stored)}",
             )
         layers.append([[j for j, has in enumerate(row) if has] for row in membership_ES.bool().tolist()])
     return layers
@@ -178,13 +179,13 @@ def stored_of(config: Mapping[str, Any]) -> list[int]:
     """Return the modules stored by each layer of a tied checkpoint; CheckpointError where config.json lacks a key."""
     for key in ("num_modules", "module_size", "num_experts", "num_experts_per_tok", "dense_intermediate_size"):
         if not isinstance(config.get(key), int) or config[key] < 1:
-            raise CheckpointError(f"config.json: {key} is {config.get(key)!r}; it must be a positive number.")
+            raise CheckpointError("config.json", f"{key} is {config.get(key)!r}", "it must be a positive number")
     if "stored_modules" not in config:
-        raise CheckpointError("config.json: stored_modules is missing; it must list the modules of each layer.")
+        raise CheckpointError("config.json", "stored_modules is missing", "it must list the modules of each layer")
     for key, kind in typing.get_type_hints(ModularFields).items():
         if key in config and not _is_of(config[key], kind):
             named = kind.__name__ if kind in (int, float, bool, str) else str(kind).replace("typing.", "")
-            raise CheckpointError(f"config.json: {key} is {config[key]!r:.60}; it must be of the type {named}.")
+            raise CheckpointError("config.json", f"{key} is {config[key]!r:.60}", f"it must be of the type {named}")
     stored: list[int] = config["stored_modules"]
     return stored
 
@@ -210,8 +211,8 @@ def count_layers(checkpoint: Checkpoint, experts: Sequence[Sequence[Sequence[int
         neurons += sum(size for name, size in sizes.items() if name.startswith(f"{prefix}experts."))
         if stored and neurons % stored:
             raise CheckpointError(
-                f"{checkpoint.directory}: layer {layer} has {neurons} FFN parameters, which {stored} modules cannot "
-                "share."
+                str(checkpoint.directory),
+                f"layer {layer} has {neurons} FFN parameters, which {stored} modules cannot share",
             )
         top_k = min(config["num_experts_per_tok"], len(chosen))
         core = len(set(chosen[0]).intersection(*chosen)) if chosen else 0
@@ -317,7 +318,7 @@ def modules_that_fit(recipe: Recipe, budget_bytes: int, *, revision: str | None 
     layers, neurons = layers_of(checkpoint.config), neurons_of(checkpoint.config, family)
     num_modules, shared = recipe.partition.num_modules, recipe.assignment.shared_modules
     if neurons % num_modules:
-        raise PartitionError(f"partition.num_modules: {num_modules} does not divide the {neurons} neurons of an FFN.")
+        raise PartitionError("partition.num_modules", f"{num_modules} does not divide the {neurons} neurons of an FFN")
     num_experts = recipe.assignment.num_experts or max(1, len(recipe.tasks))
     check_ffns(checkpoint, family, layers, neurons)
     ffn_bytes = tensor_bytes(checkpoint, dense_neurons(checkpoint, family, layers))
@@ -335,8 +336,10 @@ def modules_that_fit(recipe: Recipe, budget_bytes: int, *, revision: str | None 
     stored = num_modules if recipe.assignment.coverage else min(num_modules, shared + num_experts * (least - shared))
     needed_bytes = fixed_bytes + least * rank_bytes + stored * module_bytes
     raise RecipeError(
-        f"fit_bytes: {budget_bytes} bytes do not hold this model with {least} of {num_modules} modules an expert, "
-        f"which may take {needed_bytes}. Allow that, or use fewer experts or more modules."
+        "fit_bytes",
+        f"{budget_bytes} bytes do not hold this model with {least} of {num_modules} modules "
+        f"an expert, which may take {needed_bytes}. Allow that, or use fewer experts or "
+        "more modules",
     )
 
 
@@ -354,8 +357,9 @@ def dense_neurons(checkpoint: Checkpoint, family: Family, layers: int) -> list[s
                 names.append(name)
             elif name in needed:
                 raise CheckpointError(
-                    f"{checkpoint.directory}: '{name}' is missing, which is of an FFN as the row of family "
-                    f"'{family.model_type}' says; say under `family:` in a recipe where the FFNs lie."
+                    str(checkpoint.directory),
+                    f"'{name}' is missing, which is of an FFN as the row of family '{family.model_type}' says",
+                    "say under `family:` in a recipe where the FFNs lie",
                 )
     return names
 

@@ -114,17 +114,19 @@ def family_of(
         known = {field.name for field in dataclasses.fields(Family)}
         for key in described:
             if key not in known:
-                raise RecipeError(f"family.{key}: no such field.{did_you_mean(key, known)}")
+                raise RecipeError(f"family.{key}", "no such field", did_you_mean(key, known))
         fields = dict(described)
         fields["bypass"] = tuple(fields.get("bypass", ()))
         fields.setdefault("model_type", str(model_type))
         return Family(**fields)
     if not isinstance(model_type, str) or not model_type:
-        raise CheckpointError(f"{where}: model_type is missing; it must name the architecture.")
+        raise CheckpointError(str(where), "model_type is missing", "it must name the architecture")
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"{where}: model_type '{model_type}' is not a dense family known here ({', '.join(sorted(FAMILIES))}). "
-            "Describe where its FFNs lie under `family:` in a recipe."
+            str(where),
+            f"model_type '{model_type}' is not a dense family known here ("
+            f"{', '.join(sorted(FAMILIES))}). Describe where its FFNs lie under `family:` in a "
+            "recipe",
         )
     return FAMILIES[model_type]
 
@@ -138,7 +140,7 @@ def neurons_of(config: Mapping[str, Any], family: Family) -> int:
     if value is None and family.model_type == "gpt2":
         value = 4 * int(config.get("n_embd", config.get("hidden_size", 0)))
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"config.json: {family.width} is {value!r}; it must be a positive number of neurons.")
+        raise CheckpointError("config.json", f"{family.width} is {value!r}", "it must be a positive number of neurons")
     return value
 
 
@@ -148,4 +150,4 @@ def layers_of(config: Mapping[str, Any]) -> int:
         value = config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
-    raise CheckpointError("config.json: num_hidden_layers is missing or not a positive number.")
+    raise CheckpointError("config.json", "num_hidden_layers is missing or not a positive number")

@@ -260,13 +260,16 @@ def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: Role
         if longer is not None and family.layers not in lists:
             front = longer.removesuffix(family.layers)
             raise CheckpointError(
-                f"{checkpoint.directory}: names have '{front}' in front of '{family.layers}', where the row of family "
-                f"'{family.model_type}' has the layers; take '{front}' out of the names, or save the model itself."
+                str(checkpoint.directory),
+                f"names have '{front}' in front of '{family.layers}', where the row of "
+                f"family '{family.model_type}' has the layers",
+                f"take '{front}' out of the names, or save the model itself",
             )
         there = _what_is_there(checkpoint, family, layer, neurons, lists)
         raise CheckpointError(
-            f"{checkpoint.directory}: '{name}' is missing, {row}; {there}; "
-            "say under `family:` in a recipe where the FFNs lie (layers, gate, up, down, transposed)."
+            str(checkpoint.directory),
+            f"'{name}' is missing, {row}; {there}",
+            "say under `family:` in a recipe where the FFNs lie (layers, gate, up, down, transposed)",
         )
     shape = checkpoint.shape(name)
     rows = neurons * (2 if layout.is_fused and role != "down" else 1)
@@ -275,14 +278,17 @@ def _check_matrix(checkpoint: Checkpoint, family: Family, layer: int, role: Role
     if len(shape) == 2 and shape[1 - axis] == rows:
         order, flag = ("[out, in]", "false") if layout.is_transposed else ("[in, out]", "true")
         raise CheckpointError(
-            f"{checkpoint.directory}: '{name}' has shape {list(shape)}, which is stored {order} and not as the row of "
-            f"family '{family.model_type}' says; set transposed: {flag} under `family:` in a recipe."
+            str(checkpoint.directory),
+            f"'{name}' has shape {list(shape)}, which is stored {order} and not as the "
+            f"row of family '{family.model_type}' says",
+            f"set transposed: {flag} under `family:` in a recipe",
         )
     what = f"{shape[axis]} {'columns' if axis else 'rows'}" if len(shape) == 2 else f"shape {list(shape)}"
     half = ", gate and up in one," if rows != neurons else ""
     raise CheckpointError(
-        f"{checkpoint.directory}: '{name}' has {what}{half} where config.json says {neurons} neurons; restore "
-        "config.json, or say under `family:` in a recipe where the FFNs lie."
+        str(checkpoint.directory),
+        f"'{name}' has {what}{half} where config.json says {neurons} neurons",
+        "restore config.json, or say under `family:` in a recipe where the FFNs lie",
     )
 
 

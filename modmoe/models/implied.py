@@ -84,8 +84,9 @@ def _check_sizes(checkpoint: Checkpoint, empty: Any) -> None:
     held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint)
     if wanted > _SPARE + 2 * held:
         raise CheckpointError(
-            f"{checkpoint.directory}/config.json: describes a model of {wanted:.3g} parameters, and the checkpoint has "
-            f"{held:.3g}; one of the two is of another model."
+            f"{checkpoint.directory}/config.json",
+            f"describes a model of {wanted:.3g} parameters, and the checkpoint has {held:.3g}",
+            "one of the two is of another model",
         )
 
 

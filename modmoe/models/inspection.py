@@ -47,7 +47,7 @@ def inspect(directory: str) -> dict[str, Any]:
     """
     path = Path(directory)
     if not os.path.isdir(path):
-        raise CheckpointError(f"{directory}: no such directory.")
+        raise CheckpointError(str(directory), "no such directory")
     check_files(path)
     if is_adapter(path):
         return _inspect_adapter(path)

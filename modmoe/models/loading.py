@@ -81,7 +81,7 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device: no CUDA device here; pass --device cpu.")
+        raise RecipeError("device", "no CUDA device here", "pass --device cpu")
     return torch.device(device)
 
 
@@ -130,7 +130,9 @@ def load(
     checkpoint = Checkpoint(directory)  # damage is told in one line before transformers sees it
     if (directory / ADAPTER_CONFIG).is_file():
         # transformers would load the base model that this file names, and not the weights that lie here
-        raise CheckpointError(f"{directory}: holds a model and {ADAPTER_CONFIG}; take away the one that is not meant.")
+        raise CheckpointError(
+            str(directory), f"holds a model and {ADAPTER_CONFIG}", "take away the one that is not meant"
+        )
     empty = skeleton(directory, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     with _transformers(directory, "load the model"):
@@ -139,8 +141,9 @@ def load(
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
-                f"{directory}: '{missing[0][:80]}' is missing, of {len(missing)} tensors that config.json asks for; "
-                "fetch the checkpoint again."
+                str(directory),
+                f"'{missing[0][:80]}' is missing, of {len(missing)} tensors that config.json asks for",
+                "fetch the checkpoint again",
             )
         if where.type == "cpu" and not str(checkpoint.config.get("model_type")).startswith(TIED_PREFIX):
             # transformers' own choice is for GPUs; here it refuses many widths of experts
@@ -164,7 +167,7 @@ def _transformers(directory: Path, doing: str) -> Iterator[None]:
         named = _named_in(reason, read_config(directory))
         why = f"it does not know {named}" if named else reason
         raise CheckpointError(
-            f"{directory}/config.json: transformers cannot {doing}: {why}; restore it there."
+            f"{directory}/config.json", f"transformers cannot {doing}: {why}", "restore it there"
         ) from error
 
 
@@ -242,8 +245,9 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
         wanted = int(config.num_parameters(base))
         if wanted > _SPARE + 2 * held:
             raise CheckpointError(
-                f"{directory / ADAPTER_CONFIG}: describes an adapter of {wanted:.3g} parameters, and its weights are "
-                f"{held:.3g}; one of the two is of another adapter."
+                str(directory / ADAPTER_CONFIG),
+                f"describes an adapter of {wanted:.3g} parameters, and its weights are {held:.3g}",
+                "one of the two is of another adapter",
             )
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
     except AdapterError as error:  # it knows its name in the model, and not where it came from
@@ -251,7 +255,7 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
     except BaseException as error:  # as with transformers, a damaged file comes to any kind of error
         if isinstance(error, ModmoeError) or is_out_of_memory(error) or not is_failure(error):
             raise
-        raise CheckpointError(f"{directory}: peft cannot load it: {reason_of(error, 300)}.") from error
+        raise CheckpointError(str(directory), f"peft cannot load it: {reason_of(error, 300)}") from error
     return cast(PreTrainedModel, model.eval())
 
 
@@ -293,7 +297,7 @@ def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         except BaseException as error:  # what stands in five files is read by two libraries, which raise what they like
             if isinstance(error, ModmoeError | MemoryError) or not is_failure(error):
                 raise
-            raise CheckpointError(f"{directory}: no usable tokenizer: {reason_of(error)}.") from error
+            raise CheckpointError(str(directory), f"no usable tokenizer: {reason_of(error)}") from error
 
     return open_in_bounds(directory, read, is_trusted=trust_remote_code)
 
@@ -322,19 +326,19 @@ def _check_code(directory: Path, config: dict[str, Any], trust_remote_code: bool
     model_type = config.get("model_type")
     code = own_code(config)
     if code and "AutoConfig" not in code:
-        raise CheckpointError(f"{directory}/config.json: auto_map lacks AutoConfig.")
+        raise CheckpointError(f"{directory}/config.json", "auto_map lacks AutoConfig")
     if code and "AutoModelForCausalLM" not in code:
         raise CheckpointError(
-            f"{directory}/config.json: auto_map lacks AutoModelForCausalLM; only causal LMs are known."
+            f"{directory}/config.json", "auto_map lacks AutoModelForCausalLM", "only causal LMs are known"
         )
     if code and not trust_remote_code:
         raise CheckpointError(
-            f"{directory}: '{model_type}' is defined by Python files in the checkpoint "
-            f"({code.get('AutoModelForCausalLM')}); "
-            "read them, then pass --trust-remote-code to execute them."
+            str(directory),
+            f"'{model_type}' is defined by Python files in the checkpoint ({code.get('AutoModelForCausalLM')})",
+            "read them, then pass --trust-remote-code to execute them",
         )
     if not code and not str(model_type).startswith(TIED_PREFIX) and model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"{directory}: transformers does not know model_type '{model_type}'.")
+        raise CheckpointError(str(directory), f"transformers does not know model_type '{model_type}'")
 
 
 def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
@@ -346,7 +350,7 @@ def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         return model_type, model_type.config_class
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not str(names[0]).startswith("ModMoE"):
-        raise CheckpointError(f"{directory}/config.json: architectures is {names!r}; it must name one causal LM.")
+        raise CheckpointError(f"{directory}/config.json", f"architectures is {names!r}", "it must name one causal LM")
     home: Any = modeling_modmoe
     if str(config.get("model_type")).startswith(PACKED_PREFIX):
         home = packed_modmoe
@@ -361,8 +365,10 @@ def _own_classes(directory: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     kind = getattr(model_type, "config_class", None)
     if kind is None or kind.model_type != config.get("model_type") or not hasattr(model_type, "generate"):
         raise CheckpointError(
-            f"{directory}/config.json: architectures names {str(names[0])!r:.80}, which is no causal LM of the "
-            f"model_type '{config.get('model_type')}'; restore it."
+            f"{directory}/config.json",
+            f"architectures names {str(names[0])!r:.80}, which is no causal LM of the "
+            f"model_type '{config.get('model_type')}'",
+            "restore it",
         )
     return model_type, kind
 
@@ -397,5 +403,5 @@ def dense_classes(source: Path, *, trust_remote_code: bool) -> DenseClasses:
         return DenseClasses(found["AutoConfig"], found.get("AutoModel"), found["AutoModelForCausalLM"])
     kind = type(read_settings(source))
     if kind not in AutoModelForCausalLM._model_mapping:
-        raise CheckpointError(f"{source}: '{config.get('model_type')}' has no causal language model in transformers.")
+        raise CheckpointError(str(source), f"'{config.get('model_type')}' has no causal language model in transformers")
     return DenseClasses(kind, AutoModel._model_mapping[kind], AutoModelForCausalLM._model_mapping[kind])

@@ -50,14 +50,16 @@ def cluster_sequences(
     features_ND = ranks.add_up(features_ND)
     if not bool(features_ND.isfinite().all()):
         raise CalibrationError(
-            "calibration: the model's hidden states are not finite; its weights or config.json are damaged, which "
-            "modmoe doctor looks for."
+            "calibration",
+            "the model's hidden states are not finite",
+            "its weights or config.json are damaged, which modmoe doctor looks for",
         )
     num_different = len(torch.unique(features_ND, dim=0))
     if num_different < num_clusters:
         raise CalibrationError(
-            f"calibration: {num_different} different sequences cannot make {num_clusters} clusters; raise "
-            "calibration.tokens, or ask for fewer experts."
+            "calibration",
+            f"{num_different} different sequences cannot make {num_clusters} clusters",
+            "raise calibration.tokens, or ask for fewer experts",
         )
     features_ND = features_ND - features_ND.mean(0)
     # a few dimensions of a hidden state are hundreds of times larger than the rest and would decide alone
