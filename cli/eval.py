@@ -127,7 +127,7 @@ def _check_company(context: typer.Context, is_text: bool, is_harness: bool) -> N
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             company = "goes with --task, not with --harness" if is_harness else "goes with --harness"
-            raise RecipeError(f"--{name.replace('_', '-')}", f"{company}", "leave it out")
+            raise RecipeError(f"--{name.replace('_', '-')}", company, "leave it out")
 
 
 def _rows(result: Mapping[str, Any]) -> dict[str, Any]:

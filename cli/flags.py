@@ -101,21 +101,16 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except ModmoeError as error:
-            place = error.place or _start(str(error), ctx)
-            flag = _flag_of(place, ctx)
-            if flag is not None:
-                error.args = (f"{flag}{str(error).removeprefix(place)}",)
+            key, flag = _flag_of(error.place, ctx)
+            error.args = (f"{flag}{str(error).removeprefix(key)}",)
             raise
 
 
-def _start(message: str, context: Any) -> str:
-    """Return the place at the start of a message of one part."""
-    file = f"{context.params.get('recipe')}: "
-    return (file if message.startswith(file) else "") + message.removeprefix(file).partition(": ")[0]
+def _flag_of(place: str, context: Any) -> tuple[str, str]:
+    """Return ``router.routing`` and ``router.routing (--routing)`` where that flag was given, else twice nothing.
 
-
-def _flag_of(place: str, context: Any) -> str | None:
-    """Return ``router.routing (--routing)`` for ``router.routing`` where that flag was given, else None."""
+    The place is the key itself or begins with it, as ``tasks.math: math.jsonl`` does.
+    """
     keywords = {**KEYWORDS.get(str(context.info_name), {}), "task": "tasks", "eval_task": "tasks"}
     recipe = context.params.get("recipe")
     for option in context.command.params:
@@ -129,9 +124,10 @@ def _flag_of(place: str, context: Any) -> str | None:
             keys += [f"tasks.{task.partition('=')[0].strip()}" for task in value]
         for key in keys:
             # what a flag says does not stand in the recipe's file, whose name would mislead
-            if place in (key, f"{recipe}: {key}"):
-                return f"{key} ({option.secondary_opts[0] if value is False else option.opts[-1]})"
-    return None
+            for begin in (key, f"{recipe}: {key}"):
+                if place == begin or place.startswith(f"{begin}: "):
+                    return begin, f"{key} ({option.secondary_opts[0] if value is False else option.opts[-1]})"
+    return "", ""
 
 
 def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str, str] | None:
@@ -142,9 +138,9 @@ def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str,
     for value in values:
         name, sign, file = value.partition("=")
         if not sign or not name.strip() or not file.strip():
-            raise RecipeError(f"{flag}: '{value}' is not of the form NAME=FILE.{_as_task(value)}")
+            raise RecipeError(flag, f"'{value}' is not of the form NAME=FILE", _as_task(value))
         if name.strip() in tasks:
-            raise RecipeError(str(flag), f"the name '{name.strip()}' is given twice", "names must differ")
+            raise RecipeError(flag, f"the name '{name.strip()}' is given twice", "names must differ")
         tasks[name.strip()] = file.strip()
     return tasks
 
@@ -152,7 +148,7 @@ def parse_tasks(values: Sequence[str] | None, flag: str = "--task") -> dict[str,
 def _as_task(value: str) -> str:
     """Return how a file without a name is given as a task, or nothing for what does not look like a file."""
     stem, dot, _ = value.rpartition("/")[2].rpartition(".")
-    return f" Name it: {quote(f'{stem}={value}')}." if dot and stem and "=" not in value else ""
+    return f"Name it: {quote(f'{stem}={value}')}." if dot and stem and "=" not in value else ""
 
 
 def choose(flag: str, value: str, options: Sequence[str]) -> str:
@@ -161,7 +157,8 @@ def choose(flag: str, value: str, options: Sequence[str]) -> str:
         return value
     listed = ", ".join(options[:-1]) + f" or {options[-1]}" if len(options) > 1 else options[0]
     hint = did_you_mean(value, options)
-    raise RecipeError(f"{flag}: no such value '{value}'; choose {listed}.{hint if 'Did you mean' in hint else ''}")
+    problem = f"no such value '{value}'; choose {listed}"
+    raise RecipeError(flag, problem, hint if "Did you mean" in hint else "")
 
 
 def task_words(tasks: Mapping[str, str] | None, recipe: str | None) -> list[str]:

@@ -52,14 +52,11 @@ class ModmoeError(Exception):
     def _text(self) -> str:
         if not self.place:
             return self.problem
-        if not self.remedy:
-            return f"{self.place}: {self.problem}."
         is_sentence = self.remedy.rstrip().endswith((".", "?"))
-        return (
-            f"{self.place}: {self.problem}. {self.remedy.strip()}"
-            if is_sentence
-            else (f"{self.place}: {self.problem}; {self.remedy}.")
-        )
+        problem = self.problem if self.problem.endswith((".", "?")) else f"{self.problem}."
+        if not self.remedy or is_sentence:
+            return f"{self.place}: {problem} {self.remedy.strip()}".rstrip()
+        return f"{self.place}: {self.problem}; {self.remedy}."
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Give the parts to another process, not the line that they make."""

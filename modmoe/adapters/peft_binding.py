@@ -95,7 +95,7 @@ def parameter_shapes(config: RoutedConfig, model: nn.Module) -> dict[str, tuple[
         try:
             adapter.check(settings, shape)
         except ValueError as error:
-            raise AdapterError(f"{config.method} at {path}: {error}") from None
+            raise AdapterError(f"{config.method} at {path}", str(error)) from None
         shapes.update({f"{path}.{name}": size for name, size in adapter.shapes(settings, shape).items()})
         shapes.update(adapter.shared_shapes(settings, shape))
     return shapes
@@ -141,8 +141,9 @@ class RoutedLayer(Site, BaseTunerLayer):
                 for name, weight in module.named_parameters():
                     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
                         raise AdapterError(
-                            f"adapter '{adapter_name}': {name} of {self.path} has values that are not finite; the "
-                            "file lacks it or is damaged (or was never loaded: use PeftModel.from_pretrained)."
+                            f"adapter '{adapter_name}'",
+                            f"{name} of {self.path} has values that are not finite",
+                            "the file lacks it or is damaged (or was never loaded: use PeftModel.from_pretrained)",
                         )
         self.unproved.clear()
 
@@ -205,12 +206,16 @@ class RoutedTuner(BaseTuner):
             config.base_fingerprint = found
         elif found is not None and not same_base(config.base_fingerprint, found):
             raise AdapterError(
-                f"base model: the adapter was made for {config.base_model_name_or_path or 'another model'} (weights "
-                f"{config.base_fingerprint}), not for this model ({found}); load the base model it was trained on."
+                "base model",
+                f"the adapter was made for {config.base_model_name_or_path or 'another model'} (weights "
+                f"{config.base_fingerprint}), not for this model ({found})",
+                "load the base model it was trained on",
             )
         shapes = parameter_shapes(config, model)  # complains before anything is attached
         if (config.z_loss_weight or config.importance_loss_weight) and not any("router" in name for name in shapes):
-            raise AdapterError(f"z_loss_weight, importance_loss_weight: {config.method} has no router; leave them 0.")
+            raise AdapterError(
+                "z_loss_weight, importance_loss_weight", f"{config.method} has no router", "leave them 0"
+            )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -361,20 +366,24 @@ def check_tensors(model: nn.Module, prefix: str, adapter_name: str, found: dict[
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         raise AdapterError(
-            f"adapter '{adapter_name}': lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}; "
-            "the file is incomplete, or was made with other target_modules."
+            f"adapter '{adapter_name}'",
+            f"lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}",
+            "the file is incomplete, or was made with other target_modules",
         )
     known = model.state_dict().keys()
     for key, value in found.items():
         if key not in known and key.removeprefix("base_model.model.") not in known:
-            raise AdapterError(f"adapter '{adapter_name}': has {key}, which this adapter does not; was it renamed?")
+            raise AdapterError(f"adapter '{adapter_name}'", f"has {key}, which this adapter does not; was it renamed?")
         if key in wanted and value.shape != wanted[key].shape:
             raise AdapterError(
-                f"adapter '{adapter_name}': {key} has the shape {list(value.shape)}, not {list(wanted[key].shape)}; "
-                "adapter_config.json belongs to another file."
+                f"adapter '{adapter_name}'",
+                f"{key} has the shape {list(value.shape)}, not {list(wanted[key].shape)}",
+                "adapter_config.json belongs to another file",
             )
         if key in wanted and not bool(torch.isfinite(value).all()):
-            raise AdapterError(f"adapter '{adapter_name}': {key} has values that are not finite; the file is damaged.")
+            raise AdapterError(
+                f"adapter '{adapter_name}'", f"{key} has values that are not finite", "the file is damaged"
+            )
 
 
 def _layers(model: nn.Module) -> Iterator[RoutedLayer]:

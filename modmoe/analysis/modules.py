@@ -66,7 +66,7 @@ def check_num_modules(neurons: int, num_modules: int) -> None:
     above = [number for number in divisors if number > num_modules][:1]
     nearest = ", ".join(map(str, below + above))
     raise PartitionError(
-        f"num_modules: {num_modules} does not divide {neurons} neurons; nearest that do: {nearest} (--num-modules)"
+        "num_modules", f"{num_modules} does not divide {neurons} neurons", f"nearest that do: {nearest} (--num-modules)"
     )
 
 

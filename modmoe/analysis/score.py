@@ -83,12 +83,15 @@ NEURON_SCORES: dict[str, Callable[[ActivationProfile, FFNWeights], Tensor]] = {
 def _output_norm(profile: ActivationProfile, weights: FFNWeights, partition: Partition) -> Tensor:
     if profile.norm_PM is None:
         raise CalibrationError(
-            "score 'output_norm' needs the norms of modules, which the profile lacks; profile again with partitions=."
+            "score 'output_norm'",
+            "needs the norms of modules, which the profile lacks",
+            "profile again with partitions=",
         )
     if profile.norm_PM.shape[1] != partition.num_modules:
         raise PartitionError(
-            f"score 'output_norm': the profile is of {profile.norm_PM.shape[1]} modules, the partition of "
-            f"{partition.num_modules}; profile again with this partition."
+            "score 'output_norm'",
+            f"the profile is of {profile.norm_PM.shape[1]} modules, the partition of {partition.num_modules}",
+            "profile again with this partition",
         )
     return profile.norm_PM / _tokens(profile)
 

@@ -115,9 +115,8 @@ def check_name(name: str) -> str:
     known = ["auto", "cpu", *DEVICES]
     if name.lower() not in known:
         hint = did_you_mean(name.lower(), known)
-        raise RecipeError(
-            f"--estimate-for: no device '{name}'; known are {', '.join(known)}.{hint if 'Did you mean' in hint else ''}"
-        )
+        problem = f"no device '{name}'; known are {', '.join(known)}"
+        raise RecipeError("--estimate-for", problem, hint if "Did you mean" in hint else "")
     return name.lower()
 
 

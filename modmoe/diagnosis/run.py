@@ -41,7 +41,7 @@ def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None
     if not os.path.isdir(path):
         old = path.with_name(path.name + ".replaced")
         more = f"an interrupted run left what was there as {old}" if os.path.isdir(old) else "name one on this disk"
-        raise CheckpointError(str(directory), "no such directory", f"{more}")
+        raise CheckpointError(str(directory), "no such directory", more)
     check_files(path)
     if not any((path / "config.json").is_file() or any(path.glob(end)) for end in ("adapter_*", "*.safetensors*")):
         raise CheckpointError(str(find_lack(path)))

@@ -133,8 +133,9 @@ def _check(source: Source, form: str, expert: str | None, approximate: bool, tas
     if approximate and form != "dense":
         raise ExportError("approximate", "goes with the dense form only", f"this is {form}")
     if bool(tasks) != approximate:
-        lacks = "a fold that is not exact needs text; add --task NAME=FILE." if approximate else "goes with tasks."
-        raise ExportError(f"approximate: {lacks}")
+        if approximate:
+            raise ExportError("approximate", "a fold that is not exact needs text", "add --task NAME=FILE")
+        raise ExportError("approximate", "goes with tasks")
     if form == "adapter":
         if source.dtype is not None:
             raise ExportError("dtype", "an adapter alone keeps its float32", "leave --dtype out")

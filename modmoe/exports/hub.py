@@ -124,7 +124,7 @@ def push(
         if not _is_theirs(error):
             raise
         # `from None`: the cause may quote headers of the request
-        raise ExportError(f"{repo}: {explain(error)}") from None
+        raise ExportError(repo, explain(error)) from None
 
 
 def explain(error: BaseException) -> str:

@@ -251,7 +251,7 @@ def _load_adapter(directory: Path, trainable: bool, **options: Any) -> PreTraine
             )
         model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable, torch_device=str(base.device))
     except AdapterError as error:  # it knows its name in the model, and not where it came from
-        raise AdapterError(f"{directory}: {error}") from error
+        raise error.at(f"{directory}: {error.place}" if error.place else str(directory)) from error
     except BaseException as error:  # as with transformers, a damaged file comes to any kind of error
         if isinstance(error, ModmoeError) or is_out_of_memory(error) or not is_failure(error):
             raise

@@ -76,7 +76,7 @@ def check_sizes(directory: Path) -> None:
     for path in _files(directory):
         size_bytes = path.stat().st_size
         if size_bytes > MOST_FILE_BYTES:
-            raise CheckpointError(str(path), f"has {size_bytes:,} bytes, over {MOST_FILE_BYTES:,}", f"{REMEDY}")
+            raise CheckpointError(str(path), f"has {size_bytes:,} bytes, over {MOST_FILE_BYTES:,}", REMEDY)
     settings = directory / _SMALL
     if not settings.is_file():
         return
@@ -115,12 +115,12 @@ def try_tokenizer(directory: Path, tokenizer: Any) -> None:
     place = place_of(directory)
     grown = call_in_bounds(use, place=place, **bounds)
     if grown is not None:
-        raise CheckpointError(str(place), f"makes {grown[0]:,} tokens or letters of {grown[1]} letters", f"{REMEDY}")
+        raise CheckpointError(str(place), f"makes {grown[0]:,} tokens or letters of {grown[1]} letters", REMEDY)
     if getattr(tokenizer, "chat_template", None):
         place = template_place(directory)
         wrong = call_in_bounds(lambda: _run_template(tokenizer), place=place, **bounds)
         if wrong is not None:
-            raise CheckpointError(str(place), f"{wrong}", "fetch it again, or take it away")
+            raise CheckpointError(str(place), wrong, "fetch it again, or take it away")
 
 
 def template_place(directory: Path) -> str:

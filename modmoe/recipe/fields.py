@@ -42,7 +42,7 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise RecipeError(str(place), f"{_shown(value)} is not a mapping of keys")
+            raise RecipeError(place, f"{_shown(value)} is not a mapping of keys")
         return build(typing.cast(type[Any], hint), value, place + ".")
     if origin in (Union, types.UnionType):
         inner = [item for item in typing.get_args(hint) if item is not type(None)]
@@ -56,20 +56,20 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
         return value
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise RecipeError(str(place), f"{_shown(value)} is not a mapping of names")
+            raise RecipeError(place, f"{_shown(value)} is not a mapping of names")
         if typing.get_args(hint)[1] is str:
             for key, item in value.items():
                 _fit(str, item, f"{place}.{key}")
         return dict(value)
     if hint is bool:
         if not isinstance(value, bool):
-            raise RecipeError(str(place), f"{_shown(value)} is not true or false")
+            raise RecipeError(place, f"{_shown(value)} is not true or false")
         return value
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise RecipeError(str(place), f"{_shown(value)} is not a whole number")
+            raise RecipeError(place, f"{_shown(value)} is not a whole number")
         if abs(value) > _LARGEST:
-            raise RecipeError(str(place), f"{_shown(value)} is out of range", f"numbers go to {_LARGEST}")
+            raise RecipeError(place, f"{_shown(value)} is out of range", f"numbers go to {_LARGEST}")
         return value
     if hint is float:
         try:
@@ -77,8 +77,8 @@ def _fit(hint: Any, value: Any, place: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if isinstance(value, bool) or not abs(number) < float("inf"):
-            raise RecipeError(str(place), f"{_shown(value)} is not a number")
+            raise RecipeError(place, f"{_shown(value)} is not a number")
         return number
     if hint is str and not isinstance(value, str):
-        raise RecipeError(str(place), f"{_shown(value)} is not text")
+        raise RecipeError(place, f"{_shown(value)} is not text")
     return value

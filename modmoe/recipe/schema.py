@@ -217,9 +217,9 @@ class Recipe:
             positive["finetune.learning_rate"] = self.finetune.learning_rate
         for place, value in positive.items():
             if not value > 0:
-                raise RecipeError(str(place), f"{value} is not above 0")
+                raise RecipeError(place, f"{value} is not above 0")
             if value > _MOST.get(place, math.inf):
-                raise RecipeError(str(place), f"{value:,} is more than the {_MOST[place]:,} that any model has use for")
+                raise RecipeError(place, f"{value:,} is more than the {_MOST[place]:,} that any model has use for")
         for part in ("calibration", "finetune"):
             sizes = getattr(self, part)
             if sizes.batch_size * sizes.sequence_length > _MOST_BATCH_TOKENS:
@@ -241,7 +241,7 @@ class Recipe:
             "upcycle.redrawn_fraction": self.upcycle.redrawn_fraction,
         }.items():
             if not 0 <= value <= 1:
-                raise RecipeError(str(place), f"{value} is not between 0 and 1")
+                raise RecipeError(place, f"{value} is not between 0 and 1")
         if self.finetune.balance_weight < 0:
             raise RecipeError("finetune.balance_weight", f"{self.finetune.balance_weight} is below 0")
         if not 0 <= self.seed < 2**31:
@@ -300,7 +300,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
     except ValueError as error:
         line = getattr(error, "line", None)
         place = f"{path}:{line}" if line is not None else str(path)
-        raise RecipeError(str(place), f"not valid YAML: {error}") from error
+        raise RecipeError(place, f"not valid YAML: {error}") from error
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

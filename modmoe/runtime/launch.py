@@ -19,7 +19,7 @@ def number_of(name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise RankError(f"{name}: is {text!r:.40}, no whole number; unset it, or start the processes with torchrun.")
+        raise RankError(name, f"is {text!r:.40}, no whole number", "unset it, or start the processes with torchrun")
     return int(text)
 
 
@@ -33,4 +33,4 @@ def check_precision() -> None:
     value = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if value not in _PRECISIONS:
         known = ", ".join(_PRECISIONS)
-        raise RecipeError(f"ACCELERATE_MIXED_PRECISION: is {value!r:.40}, none of {known}; set one, or unset it.")
+        raise RecipeError("ACCELERATE_MIXED_PRECISION", f"is {value!r:.40}, none of {known}", "set one, or unset it")

@@ -46,7 +46,7 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     except Exception as error:
         # the Hub's client raises a dozen kinds; their first line says enough, and none of them holds the token
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{source}: no such directory, and not to be had from the Hub: {reason}") from error
+        raise CheckpointError(str(source), f"no such directory, and not to be had from the Hub: {reason}") from error
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -353,7 +353,7 @@ def resolve_base(directory: Path) -> Path:
         try:
             base = resolve_source(config["base_model_name_or_path"], config.get("revision"))
         except CheckpointError as error:
-            raise CheckpointError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from error
+            raise CheckpointError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path", str(error)) from error
     if is_adapter(base):
         raise CheckpointError(str(directory / ADAPTER_CONFIG), f"the base model {base} is an adapter itself")
     return base

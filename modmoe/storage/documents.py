@@ -84,12 +84,12 @@ def check_task_file(name: str, file: str) -> None:
         return
     place, path, kinds = f"tasks.{name}: {file}", Path(file), TEXT_EXTENSIONS
     if path.suffix not in kinds:
-        hint = did_you_mean(path.suffix, kinds) if path.suffix else f" Known: {', '.join(kinds)}."
-        raise CalibrationError(str(place), f"unknown extension '{path.suffix}'.{hint} Or name hub:ID")
+        hint = did_you_mean(path.suffix, kinds) if path.suffix else f"Known: {', '.join(kinds)}."
+        raise CalibrationError(place, f"unknown extension '{path.suffix}'", f"{hint} Or name hub:ID.")
     if not os.path.isfile(path):
         kind = special_kind(path)
         what = f"is {kind}" if kind else "is a directory" if os.path.isdir(path) else "no such file"
-        raise CalibrationError(str(place), f"{what}", f"name a file ({', '.join(kinds)}) or hub:ID")
+        raise CalibrationError(place, what, f"name a file ({', '.join(kinds)}) or hub:ID")
 
 
 def special_kind(path: Path) -> str:
@@ -183,14 +183,14 @@ def open_tensors(path: Path, again: str = "fetch it again") -> Any:
         # safetensors itself keeps the last of two tensors of one name; that it has the rest right is known by now
         json.loads(header, object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), f"damaged or cut short ({reason_of(error)})", f"{again}") from error
+        raise CheckpointError(str(path), f"damaged or cut short ({reason_of(error)})", again) from error
     except RuntimeError as error:
         # a file much larger than memory, which the system does not map as one
         raise CheckpointError(str(path), f"{reason_of(error)}", "have it saved in shards of 5 GB") from error
     except BaseException as error:
         if not is_panic(error):
             raise
-        raise CheckpointError(str(path), f"safetensors broke down ({reason_of(error)})", f"{again}") from error
+        raise CheckpointError(str(path), f"safetensors broke down ({reason_of(error)})", again) from error
     return opened
 
 

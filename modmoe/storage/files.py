@@ -70,7 +70,7 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
         while not _is_there(holder):
             holder = holder.parent
     except OSError as error:
-        raise RecipeError(str(shorten(text)), f"{os.strerror(error.errno or 0)}", "choose another name") from None
+        raise RecipeError(str(shorten(text)), os.strerror(error.errno or 0), "choose another name") from None
     if not target.name:
         raise RecipeError(str(text), "is the root of the file system", "name a directory in it")
     if not holder.is_dir():
@@ -106,7 +106,7 @@ def check_writable(holder: Path, text: str) -> None:
         failed = disk_error(error, holder)
         if failed is None:
             failed = RecipeError(f"{holder}: {os.strerror(error.errno or 0)}; choose another name.")
-        raise RecipeError(f"{shorten(text)}: cannot be written ({failed})") from None
+        raise RecipeError(shorten(text), f"cannot be written ({failed})") from None
 
 
 def kind_of(path: Path) -> str:

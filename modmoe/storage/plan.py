@@ -209,7 +209,7 @@ class Plan:
                 made[name] = op.shape(shapes)
             except ValueError as error:
                 raise PlanError(
-                    f"{source.directory}: {op.inputs[0]!r} {error}; does config.json fit the weights?"
+                    str(source.directory), f"{op.inputs[0]!r} {error}; does config.json fit the weights?"
                 ) from error
         return made
 

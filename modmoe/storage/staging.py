@@ -61,11 +61,11 @@ def _check_directory(out: str | Path, *, overwrite: bool) -> None:
             return
         if not overwrite:
             remedy = "name another directory" + (" or pass --overwrite" if (path / SEAL).is_file() else "")
-            raise RecipeError(str(out), "is not empty", f"{remedy}")
+            raise RecipeError(str(out), "is not empty", remedy)
         foreign = find_foreign(path)
     except OSError as error:
         place = error.filename or out
-        raise RecipeError(str(place), f"{os.strerror(error.errno or 0)}", "name another directory") from None
+        raise RecipeError(str(place), os.strerror(error.errno or 0), "name another directory") from None
     if foreign is not None:
         raise RecipeError(
             str(out),
@@ -80,17 +80,17 @@ def _check_partial(partial: Path) -> None:
         return
     remedy = "move it away, or name another output"
     if partial.is_symlink() or not partial.is_dir():
-        raise RecipeError(str(partial), "is in the way and not of modmoe", f"{remedy}")
+        raise RecipeError(str(partial), "is in the way and not of modmoe", remedy)
     try:
         if not any(partial.iterdir()):
             return
         stranger = find_stranger(partial)
     except OSError as error:
-        raise RecipeError(str(partial), f"{os.strerror(error.errno or 0)}", f"{remedy}") from None
+        raise RecipeError(str(partial), os.strerror(error.errno or 0), remedy) from None
     if not is_marked(partial):
-        raise RecipeError(str(partial), "is in the way, and no run of modmoe left it", f"{remedy}")
+        raise RecipeError(str(partial), "is in the way, and no run of modmoe left it", remedy)
     if stranger is not None:
-        raise RecipeError(str(partial), f"holds '{stranger}', which modmoe did not write", f"{remedy}")
+        raise RecipeError(str(partial), f"holds '{stranger}', which modmoe did not write", remedy)
 
 
 def check_space(out: str | Path, size_bytes: int) -> None:

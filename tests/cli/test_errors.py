@@ -182,7 +182,8 @@ def test_which_flag_is_named(
     flags: str, message: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def convert(*_: Any, **__: Any) -> None:
-        raise PartitionError(message)
+        place, _, problem = message.rpartition(": ")
+        raise PartitionError(place, problem)
 
     monkeypatch.setattr(api, "convert", convert)
     assert fail(capsys, *f"convert a b {flags}".split()) == words

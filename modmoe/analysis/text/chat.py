@@ -111,7 +111,7 @@ def options_of(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     words = row.get("chat_template_kwargs", {})
     for name in words:
         if name in _names_in_use():
-            raise CalibrationError(str(place), f"'chat_template_kwargs' cannot set '{name}'", "take it out")
+            raise CalibrationError(place, f"'chat_template_kwargs' cannot set '{name}'", "take it out")
     return {**words, **({"tools": row["tools"]} if "tools" in row else {})}
 
 

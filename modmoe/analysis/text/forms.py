@@ -44,7 +44,7 @@ def check_row(place: str, row: Mapping[str, Any], *, is_filled: bool = False) ->
     if not forms:
         if all(_is_blank(value) for value in row.values()):
             return None, 0
-        raise CalibrationError(f"{place}: {_unusable(row)}")
+        raise CalibrationError(place, _unusable(row))
     # a prompt without its completion gives way to a form that is whole
     whole = [form for form in forms if not _is_blank(row[form[-1]])]
     part = [form for form in forms if any(not _is_blank(row[column]) for column in form)]
@@ -162,7 +162,7 @@ def _check_message(place: str, value: dict[str, Any], *, is_filled: bool) -> dic
         raise CalibrationError(f"{place} lacks 'role' or 'content'; each needs both.")
     check_text(f"{place}: 'role'", message["role"])
     if message.get("weight", 1) not in (0, 1):
-        raise CalibrationError(str(place), f"'weight' is {message['weight']!r:.40}", "write 1 to learn it, 0 not to")
+        raise CalibrationError(place, f"'weight' is {message['weight']!r:.40}", "write 1 to learn it, 0 not to")
     content = message.get("content", "")
     if isinstance(content, list):
         for part in content:
@@ -189,12 +189,12 @@ def _check_calls(place: str, value: Any, *, is_filled: bool) -> list[dict[str, A
     if isinstance(calls, list):
         calls = [_parse(f"{place}: 'tool_calls'", call) if isinstance(call, str) else call for call in calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise CalibrationError(str(place), "'tool_calls' is not a list of objects", "write it as one")
+        raise CalibrationError(place, "'tool_calls' is not a list of objects", "write it as one")
     calls = [without_none(call) for call in calls] if is_filled else calls
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise CalibrationError(str(place), "a tool call has no 'name' of its function", "add it")
+            raise CalibrationError(place, "a tool call has no 'name' of its function", "add it")
     return calls
 
 
@@ -205,12 +205,12 @@ def _check_extras(place: str, row: Mapping[str, Any], *, is_filled: bool) -> dic
     if not _is_blank(tools):
         tools = [_parse(f"{place}: 'tools'", tool) for tool in tools] if isinstance(tools, list) else tools
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise CalibrationError(str(place), "'tools' is not a list of objects", "write it as one, or as JSON of one")
+            raise CalibrationError(place, "'tools' is not a list of objects", "write it as one, or as JSON of one")
         extras["tools"] = [without_none(tool) for tool in tools] if is_filled else tools
     words = row.get("chat_template_kwargs")
     if not _is_blank(words):
         if not isinstance(words, dict):
-            raise CalibrationError(str(place), "'chat_template_kwargs' is not an object", "write it as one")
+            raise CalibrationError(place, "'chat_template_kwargs' is not an object", "write it as one")
         extras["chat_template_kwargs"] = without_none(words) if is_filled else words
     for text in strings_of(extras):
         check_text(place, text)

@@ -95,7 +95,7 @@ class Reading:
         reason = max(told, key=lambda name: told[name], default=EMPTY)
         remedy = _REMEDIES.get(reason, "raise --sequence-length or name other text")
         reasons = ", ".join(f"{name} ({count:,})" for name, count in self.left_out.most_common())
-        raise CalibrationError(str(self._rows.place), f"no row has anything to {self._use}: {reasons}", f"{remedy}")
+        raise CalibrationError(str(self._rows.place), f"no row has anything to {self._use}: {reasons}", remedy)
 
     @property
     def can_learn(self) -> bool:

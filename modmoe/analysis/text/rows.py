@@ -98,9 +98,9 @@ def read_rows(name: str, file: str, limit: int | None = None) -> TaskRows:
             rows.append(found)
             numbers.append(number)
     if not rows and not left_out:
-        raise CalibrationError(str(place), "holds no rows", "name a file with text in it")
+        raise CalibrationError(place, "holds no rows", "name a file with text in it")
     if not rows:
-        raise CalibrationError(str(place), "the text of every row is empty", "name a file with text in it")
+        raise CalibrationError(place, "the text of every row is empty", "name a file with text in it")
     return TaskRows(name, file, rows, numbers, left_out, num_ambiguous)
 
 
@@ -120,7 +120,7 @@ def _read_file(place: str, path: Path, limit: int | None) -> _Numbered:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise CalibrationError(f"{place}:{line}", "not valid UTF-8", "save the file as UTF-8") from error
     except OSError as error:
-        raise CalibrationError(str(place), f"{error.strerror or error}", "make the file readable") from error
+        raise CalibrationError(place, f"{error.strerror or error}", "make the file readable") from error
     return _parse_text(text) if path.suffix == ".txt" else _parse_json(place, path, text, limit)
 
 
@@ -218,7 +218,7 @@ def _read_parquet(place: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]
                 number += 1
                 yield number, row
     except Exception as error:  # a damaged file, or values that Python has not, end in a dozen kinds
-        raise CalibrationError(str(place), f"not a readable parquet file: {reason_of(error)}") from error
+        raise CalibrationError(place, f"not a readable parquet file: {reason_of(error)}") from error
     if max(in_all, seen_bytes) > most:
         raise CalibrationError(
             str(place),
@@ -239,7 +239,7 @@ def _read_hub(place: str, file: str, limit: int | None) -> _Numbered:
 
     parts = file.removeprefix("hub:").split(":")
     if len(parts) > 3 or not parts[0]:
-        raise CalibrationError(str(place), "write hub:ID, hub:ID:CONFIG or hub:ID:CONFIG:SPLIT")
+        raise CalibrationError(place, "write hub:ID, hub:ID:CONFIG or hub:ID:CONFIG:SPLIT")
     if len(parts) == 2 and parts[1] in _SPLITS:
         parts = [parts[0], "", parts[1]]
     parts += [""] * (3 - len(parts))
@@ -249,19 +249,19 @@ def _read_hub(place: str, file: str, limit: int | None) -> _Numbered:
         return [(number, dict(row)) for number, row in enumerate(islice(dataset, limit), 1)]
     except Exception as error:
         # the library raises a dozen kinds; their first line says enough
-        raise CalibrationError(f"{place}: not to be had from the Hub: {reason_of(error)}") from error
+        raise CalibrationError(place, f"not to be had from the Hub: {reason_of(error)}") from error
 
 
 def _decode(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(str(place), f"not valid JSON: {reason_of(error)}", "mend or remove the line") from error
+        raise CalibrationError(place, f"not valid JSON: {reason_of(error)}", "mend or remove the line") from error
 
 
 def _check_object(place: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise CalibrationError(str(place), f"is a JSON {type(value).__name__}, not an object", 'write {"text": ...}')
+        raise CalibrationError(place, f"is a JSON {type(value).__name__}, not an object", 'write {"text": ...}')
     return value

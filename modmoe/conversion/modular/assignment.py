@@ -34,7 +34,7 @@ class Assignment:
         if len(self.expert_names) != len(self.membership_EM) or not self.expert_names:
             raise PartitionError(f"{len(self.expert_names)} names for {len(self.membership_EM)} experts; name each.")
         if len(set(self.expert_names)) != len(self.expert_names):
-            raise PartitionError(f"experts {', '.join(self.expert_names)}: a name appears twice; rename one.")
+            raise PartitionError(f"experts {', '.join(self.expert_names)}", "a name appears twice", "rename one")
         size_E = self.membership_EM.sum(1)
         for name, size in zip(self.expert_names, size_E.tolist(), strict=True):
             if not size:

@@ -152,7 +152,7 @@ def _reload(job: dict[str, Any]) -> dict[str, Tensor]:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1][:400] if lines else f"the process ended with {done.returncode}"
             tool = "plain transformers" if job["base"] is None else "peft"
-            raise ExportError(f"the export does not reload with {tool}: {reason}")
+            raise ExportError(f"the export does not reload with {tool}", reason)
         return load_file(output)
 
 

@@ -121,13 +121,13 @@ def _build(names: Sequence[str], path: str | None) -> dict[str, Any]:
     for name in names:
         if name not in manager.all_tasks:
             near = did_you_mean(name, manager.all_tasks)
-            remedy = near if "Did you mean" in near else " Tasks of your own lie in the folder of --harness-path."
-            raise RecipeError(f"--harness: lm-eval has no task '{name}'.{remedy}")
+            remedy = near if "Did you mean" in near else "Tasks of your own lie in the folder of --harness-path."
+            raise RecipeError("--harness", f"lm-eval has no task '{name}'", remedy)
         try:
             built[name] = manager.load([name])
         except Exception as error:  # a task's files may fail in any way
             reason = " ".join(str(error).split())
-            raise RecipeError(f"--harness: {name}: lm-eval cannot build it: {reason[:300]}") from error
+            raise RecipeError("--harness", f"{name}: lm-eval cannot build it: {reason[:300]}") from error
     return built
 
 
@@ -227,7 +227,7 @@ def _run(name: str, tasks: Any, reader: Any, limit: int | None, seed: int | None
         raise
     except (AssertionError, ValueError) as error:  # a prompt too long for the model, code that would be executed...
         reason = " ".join(str(error).split())
-        raise RecipeError(f"--harness: {name}: lm-eval stopped: {reason[:300]}") from error
+        raise RecipeError("--harness", f"{name}: lm-eval stopped: {reason[:300]}") from error
     return {task: _task(task, numbers, results) for task, numbers in results["results"].items()}
 
 

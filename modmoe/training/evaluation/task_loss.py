@@ -145,7 +145,7 @@ def evaluate_model(
             try:
                 results[name] = _measure(model, tokenizer, rows, batch_size, report)
             except CheckpointError as error:
-                raise CheckpointError(f"{model.config.name_or_path}: task {name}: {error}") from None
+                raise CheckpointError(f"{model.config.name_or_path}: task {name}", str(error)) from None
     return results
 
 
