@@ -27,7 +27,7 @@ from modmoe.conversion.modular.layerwise import KEPT_ROWS as LAYERWISE_ROWS
 from modmoe.conversion.modular.routers import KEPT_ROWS as ROUTER_ROWS
 from modmoe.conversion.modular.settled import count_clusters, count_experts, fits_layerwise, settle
 from modmoe.conversion.proof import _FLOAT64_PARAMETERS
-from modmoe.conversion.table import find_conversion
+from modmoe.conversion.table import Conversion, find_conversion
 from modmoe.cost.devices import Device
 from modmoe.models.counts import routed_of
 from modmoe.recipe.schema import FinetuneRecipe, Recipe
@@ -164,54 +164,31 @@ def forward_flops(sizes: Sizes, tokens: int, sequence_length: int, *, has_head: 
 
 
 def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
-    """Return what a conversion takes; ``recipe.method`` says which."""
+    """Return what a conversion takes, as its row in ``CONVERSIONS`` describes it."""
     need = Need(host_bytes=PROCESS_BYTES["convert"])
     need.take("start", *START_S)
-    num_bytes = sizes.num_bytes
     conversion = find_conversion(recipe.method)
     if not conversion.reads_text:
-        # the model is loaded once, or copied
-        need.move(num_bytes, READ_RATE)
-        copies = conversion.copies(recipe)
-        if copies:
-            ffns_bytes = 3 * sizes.layers * sizes.width * sizes.neurons * sizes.itemsize
-            need.move(num_bytes + (copies - 1) * ffns_bytes, WRITE_RATE)
-        need.host_bytes += 2 * num_bytes
+        _add_copies(need, conversion.copies(recipe), sizes)
         return _placed(need, device)
     if conversion.is_modular:
         recipe = settle(recipe)
     text = recipe.calibration
     tokens = text.tokens * max(1, len(recipe.tasks))
     batch_tokens = text.batch_size * text.sequence_length
-    batches = math.ceil(tokens / batch_tokens)
     gradients = needs_gradients(recipe)
     by_layer = text.by_layer if conversion.has_by_layer else False
     if by_layer is None:
-        by_layer = not gradients and not leaves_half(num_bytes, device.memory_bytes)
+        by_layer = not gradients and not leaves_half(sizes.num_bytes, device.memory_bytes)
     weights = sizes.outside + sizes.layer if by_layer else sizes.parameters
-    kept_layers = 1 if by_layer else sizes.layers
-
-    layerwise = conversion.is_modular and fits_layerwise(recipe)
-    repairs = recipe.router.compensation or recipe.assignment.refit
-    routed = conversion.is_modular and recipe.router.routing != "task"
-    passes = 1 + (recipe.assignment.score == "output_norm") + (len(recipe.tasks) == 1 and count_clusters(recipe) > 1)
-    passes += (3 if repairs else 2) if layerwise else routed + recipe.router.compensation
-    passes = passes if conversion.passes is None else conversion.passes
-    flops = forward_flops(sizes, tokens, text.sequence_length, has_head=False)
-    # a backward pass to the activations, with the head, costs as much again as the forward
-    total = passes * flops + (flops + 4 * sizes.head * tokens if gradients else 0)
     row_bytes = (5 * sizes.width + 4 * sizes.neurons + 2 * sizes.queries) * sizes.itemsize
-    moved = passes * (batches * sizes.body * sizes.itemsize + tokens * sizes.layers * row_bytes)
-    need.run(device, total, moved, sizes.itemsize)
-    need.take("start", *(passes * batches * sizes.layers * seconds for seconds in LAYER_S))
-    need.move(2 * num_bytes, READ_RATE)
-    need.move(num_bytes, WRITE_RATE)
+    passes = _passes(recipe, conversion)
+    _add_passes(need, recipe, sizes, device, passes, row_bytes)
     if by_layer:
         # hidden states go through a file between two layers
         need.move(2 * passes * sizes.layers * tokens * sizes.width * sizes.itemsize, READ_RATE)
 
-    tasks = max(1, len(recipe.tasks))
-    profile_bytes = sizes.neurons * (4 * _SKETCH_ROWS + 3 * 8 * tasks) * sizes.layers
+    profile_bytes = sizes.neurons * (4 * _SKETCH_ROWS + 3 * 8 * max(1, len(recipe.tasks))) * sizes.layers
     here_bytes: float = weights * sizes.itemsize + batch_tokens * row_bytes + profile_bytes
     if gradients:
         # what autograd keeps of a batch, and the logits
@@ -220,31 +197,70 @@ def estimate_convert(recipe: Recipe, sizes: Sizes, device: Device) -> Need:
     host_bytes = float(profile_bytes)
     if conversion.is_modular:
         _add_modules(need, recipe, sizes, device)
-        experts = count_experts(recipe)
-        if layerwise:
+        if fits_layerwise(recipe):
             host_bytes += _add_layerwise(need, recipe, sizes, device, tokens)
-        elif routed:
-            rows = min(ROUTER_ROWS, tokens)
-            need.run(device, 2 * sizes.layers * experts * rows * sizes.neurons * sizes.width, 0, 4)
-            need.work(device, sizes.layers * _router_flops(recipe, sizes, rows, experts))
-            host_bytes += kept_layers * rows * (sizes.width + experts) * 4
+        elif recipe.router.routing != "task":
+            host_bytes += _add_routers(need, recipe, sizes, device, tokens, layers_kept=1 if by_layer else sizes.layers)
             here_bytes += sizes.width * sizes.neurons * 4
     proof = 8 if sizes.parameters <= _FLOAT64_PARAMETERS else 4
     if not conversion.has_short_proof:
         # two models over two sequences; float64 takes twice as long
         need.work(device, 2 * 2 * text.sequence_length * 2 * (sizes.body + sizes.head) * proof // 4)
-    if by_layer or not leaves_half(sizes.parameters * proof, device.memory_bytes if device.is_cpu else 10**18):
+    proof_bytes = sizes.parameters * proof
+    if by_layer or not leaves_half(proof_bytes, device.memory_bytes if device.is_cpu else 10**18):
         proof_bytes = (sizes.outside + sizes.layer) * proof
-    else:
-        proof_bytes = sizes.parameters * proof
     # the proof comes when the passes are over, beside the model that was analysed
     if device.is_cpu:
         loaded = weights * sizes.itemsize
         need.host_bytes += max(here_bytes + host_bytes, loaded + host_bytes + proof_bytes)
     else:
         need.device_bytes = here_bytes + CONTEXT_BYTES
-        need.host_bytes += host_bytes + max(proof_bytes, 0 if by_layer else num_bytes)
+        need.host_bytes += host_bytes + max(proof_bytes, 0 if by_layer else sizes.num_bytes)
     return _placed(need, device)
+
+
+def _add_copies(need: Need, copies: int, sizes: Sizes) -> None:
+    """Add a conversion that reads no text: the model is loaded once, or its FFNs are copied."""
+    need.move(sizes.num_bytes, READ_RATE)
+    if copies:
+        ffns_bytes = 3 * sizes.layers * sizes.width * sizes.neurons * sizes.itemsize
+        need.move(sizes.num_bytes + (copies - 1) * ffns_bytes, WRITE_RATE)
+    need.host_bytes += 2 * sizes.num_bytes
+
+
+def _passes(recipe: Recipe, conversion: Conversion) -> int:
+    """Return how often the text is run through the model; the recipe is settled."""
+    if conversion.passes is not None:
+        return conversion.passes
+    clusters = len(recipe.tasks) == 1 and count_clusters(recipe) > 1
+    passes = 1 + (recipe.assignment.score == "output_norm") + clusters
+    if conversion.is_modular and fits_layerwise(recipe):
+        return passes + (3 if recipe.router.compensation or recipe.assignment.refit else 2)
+    routed = conversion.is_modular and recipe.router.routing != "task"
+    return passes + routed + recipe.router.compensation
+
+
+def _add_passes(need: Need, recipe: Recipe, sizes: Sizes, device: Device, passes: int, row_bytes: int) -> None:
+    """Add the passes over the text, and the reading and writing of the weights."""
+    text = recipe.calibration
+    tokens = text.tokens * max(1, len(recipe.tasks))
+    batches = math.ceil(tokens / (text.batch_size * text.sequence_length))
+    flops = forward_flops(sizes, tokens, text.sequence_length, has_head=False)
+    # a backward pass to the activations, with the head, costs as much again as the forward
+    total = passes * flops + (flops + 4 * sizes.head * tokens if needs_gradients(recipe) else 0)
+    moved = passes * (batches * sizes.body * sizes.itemsize + tokens * sizes.layers * row_bytes)
+    need.run(device, total, moved, sizes.itemsize)
+    need.take("start", *(passes * batches * sizes.layers * seconds for seconds in LAYER_S))
+    need.move(2 * sizes.num_bytes, READ_RATE)
+    need.move(sizes.num_bytes, WRITE_RATE)
+
+
+def _add_routers(need: Need, recipe: Recipe, sizes: Sizes, device: Device, tokens: int, *, layers_kept: int) -> float:
+    """Add the fits of all routers to rows that a pass keeps; return the bytes of the rows."""
+    experts, rows = count_experts(recipe), min(ROUTER_ROWS, tokens)
+    need.run(device, 2 * sizes.layers * experts * rows * sizes.neurons * sizes.width, 0, 4)
+    need.work(device, sizes.layers * _router_flops(recipe, sizes, rows, experts))
+    return layers_kept * rows * (sizes.width + experts) * 4
 
 
 def _add_modules(need: Need, recipe: Recipe, sizes: Sizes, device: Device) -> None:
