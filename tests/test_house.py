@@ -91,3 +91,31 @@ def test_tensors_of_ffns_are_interpreted_in_one_file() -> None:
     # which would see these
     for line in ('f"{prefix}up_proj.weight"', 'f"{stored}{role}_proj.weight"', "family.fused", "layout.is_transposed"):
         assert _FFN_NAMES.search(line), line
+
+
+_PUBLIC = "its keywords are the command line's options, named one by one"
+_PASSED_ON = "it takes the options of a public function one by one, all of them by keyword"
+MANY_PARAMETERS = {
+    "modmoe.api.convert": _PUBLIC,
+    "modmoe.api.finetune": _PUBLIC,
+    "modmoe.api.export": _PUBLIC,
+    "modmoe.api.evaluate": _PUBLIC,
+    "modmoe.exports.converted.export": _PASSED_ON,
+    "modmoe.exports.adapters.export_adapter": _PASSED_ON,
+    "modmoe.training.evaluation.lm_eval.evaluate_harness": _PASSED_ON,
+    "modmoe.training.evaluation.task_loss.evaluate": _PASSED_ON,
+    "modmoe.training.evaluation.task_loss.evaluate_model": _PASSED_ON,
+    "modmoe.reports.report.write_report": "each keyword is a part of the page, and most pages lack some",
+    "modmoe.formats.proof.verify.verify": "each keyword is one way in which an export differs from its source",
+    "modmoe.training.data.training_set": "each keyword is a choice of how rows become sequences",
+    "modmoe.analysis.text.calibration.token_batches": "each keyword is a choice of how rows become batches",
+    "modmoe.conversion.modular.routers.start_routers": "five are what is known of the layers, one of each a layer",
+    "modmoe.analysis.routing._note": "it is the body of a hook, and has all that the hook has seen",
+    "modmoe.modeling.ways_modmoe.gather_token": "it is compiled, and takes tensors alone",
+}
+"""Functions of more than eight parameters, and why they have so many."""
+
+
+def test_a_function_fits_a_screen_or_says_why() -> None:
+    assert house.long_functions() == []
+    assert sorted(house.wide_functions()) == sorted(MANY_PARAMETERS)

@@ -184,10 +184,11 @@ def _write_alone(source: Source, partial: Path, output: Path) -> Written:
     """Write a clean PEFT directory: nothing of a trainer, and a base model that is still found."""
     config = {**read_adapter_config(source.directory), "inference_mode": True}
     tensors, more = load_file(source.directory / ADAPTER_WEIGHTS), {}
-    if source.method == "perft_d" and int(config.get("num_experts", 1)) > 1:
+    merged = METHODS[source.method].adapter.merges_into
+    if merged is not None and int(config.get("num_experts", 1)) > 1:
         # several adapters that are always on are one of their ranks together: fewer products, the same numbers
         config, tensors = _folded_to_single(source, config)
-        more = {"folding": {"kind": "exact", "into": "perft_s"}}
+        more = {"folding": {"kind": "exact", "into": merged}}
     named, warnings = str(config["base_model_name_or_path"]), []
     found = local_base(source.directory)
     if found is not None:

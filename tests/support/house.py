@@ -130,6 +130,23 @@ def count() -> dict[str, int]:
     }
 
 
+def long_functions() -> list[str]:
+    """Return the functions of more lines than fit a screen, by their full names."""
+    return [name for name, node in _functions() if _length(node) > _LONG]
+
+
+def wide_functions() -> list[str]:
+    """Return the functions of more parameters than one keeps in mind, by their full names."""
+    return [name for name, node in _functions() if _parameters(node) > _MANY]
+
+
+def _functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for module, file in sources().items():
+        for node in ast.walk(_parse(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{module}.{node.name}", node
+
+
 def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Return the lines of a function's body without its docstring."""
     body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body

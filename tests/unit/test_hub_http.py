@@ -190,7 +190,7 @@ def test_the_lines_of_the_card_load_what_was_pushed(client, hub, tied, native, a
     shutil.copytree(base, adapter.parent / "me" / "base", dirs_exist_ok=True)
     wanted = load(directory)
     answer = client.ask(do="use", code=code, ids=ids_BT.tolist())
-    torch.testing.assert_close(torch.tensor(answer["logits"]), wanted(ids_BT).logits.detach())
+    torch.testing.assert_close(torch.tensor(answer["logits"]), wanted(ids_BT).logits.detach(), rtol=0, atol=1e-4)
     assert answer["tokens"] or form == "adapter"
 
 

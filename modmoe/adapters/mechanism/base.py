@@ -69,6 +69,8 @@ class RoutedAdapter(nn.Module):
     fold: ClassVar[Fold] = "none"
     needs_base_router: ClassVar[bool | Literal["maybe"]] = False
     """Whether it reuses the routing of the base model's MoE block; maybe: where its settings say so."""
+    merges_into: ClassVar[str | None] = None
+    """The method of which several of these at once are one adapter; None where they are none."""
 
     def __init__(self, settings: Any, shape: SiteShape, site: str = "") -> None:
         """Make the parameters for a layer of ``shape`` and initialise them.

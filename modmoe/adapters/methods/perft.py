@@ -131,6 +131,7 @@ class PerftD(PerftS):
     """Several adapters beside the block, always on."""
 
     method = "perft_d"
+    merges_into = "perft_s"
 
     @classmethod
     def count(cls, settings: Any, shape: SiteShape) -> int:
