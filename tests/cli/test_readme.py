@@ -12,7 +12,7 @@ import torch
 import modmoe
 from modmoe.adapters.table import METHODS
 from modmoe.models.ffn_layout import FFNWeights
-from tests.equivalence import test_upcycle
+from tests.conversion import test_upcycle
 from tests.support import adapted, moes, pages
 
 README = pages.ROOT / "README.md"

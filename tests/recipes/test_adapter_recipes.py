@@ -10,7 +10,7 @@ import yaml
 import modmoe
 from modmoe.conversion.options import check_recipe
 from modmoe.recipe.schema import load_recipe
-from tests.unit.test_adapter_counts import SIZES
+from tests.adapters.test_adapter_counts import SIZES
 
 NAMES = sorted(
     path.name.removesuffix(".yaml")

@@ -1,4 +1,4 @@
-"""What several files of unit tests share."""
+"""What several files of tests of adapters share."""
 
 from __future__ import annotations
 

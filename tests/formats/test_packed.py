@@ -11,7 +11,7 @@ from modmoe.formats.packed import packed_plan, packed_warnings
 from modmoe.models.inspection import inspect
 from modmoe.models.loading import is_tied
 from modmoe.storage.checkpoint import Checkpoint
-from tests.equivalence.test_export import relative_difference, run_without_modmoe
+from tests.exports.test_exported_logits import relative_difference, run_without_modmoe
 from tests.support import planned
 from tests.support.export_models import write_own
 from tests.support.packed_models import FAMILIES, ROUTERS, load_both, write_packed

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modmoe.modeling import packed_modmoe
 from modmoe.models.loading import load
 from modmoe.storage.checkpoint import Checkpoint
-from tests.equivalence.test_export import relative_difference
+from tests.exports.test_exported_logits import relative_difference
 from tests.support import planned
 from tests.support.packed_models import FAMILIES, ROUTERS, load_both, write_packed
 from tests.support.tiny import token_ids

@@ -14,7 +14,7 @@ from modmoe.recipe.schema import make_recipe
 from modmoe.storage.checkpoint import Checkpoint
 from modmoe.training.trainer import ModularTrainer
 from tests.support import moes, tiny
-from tests.unit.test_finetune import changed, run, stop_at
+from tests.training.test_finetune import changed, run, stop_at
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
