@@ -11,6 +11,7 @@ from modmoe import api
 from modmoe.cli import flags
 from modmoe.cli.console import Console
 from modmoe.cli.groups import grouped
+from modmoe.formats.names import CLIENTS, DTYPES, FORMS
 
 EPILOG = flags.examples(
     "modmoe export ./tuned ./out --format safetensors --form tied",
@@ -30,7 +31,7 @@ class FileOptions:
         str, typer.Option("--format", metavar="safetensors", help="The format of the weight files.")
     ] = "safetensors"
     dtype: Annotated[
-        str | None, typer.Option(metavar="|".join(api.DTYPES), help="Type of the weights; by default as they are.")
+        str | None, typer.Option(metavar="|".join(DTYPES), help="Type of the weights; by default as they are.")
     ] = None
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most that one weight file holds.")] = "5GB"
     overwrite: flags.Overwrite = False
@@ -40,7 +41,7 @@ class FileOptions:
 class ModelOptions:
     """What is written of the model, and for whom."""
 
-    form: Annotated[str, typer.Option(metavar="|".join(api.FORMS), help="What is written; see above.")] = "tied"
+    form: Annotated[str, typer.Option(metavar="|".join(FORMS), help="What is written; see above.")] = "tied"
     target: Annotated[
         str,
         typer.Option(
@@ -49,7 +50,7 @@ class ModelOptions:
         ),
     ] = "auto"
     client: Annotated[
-        str, typer.Option("--for", metavar="|".join(api.CLIENTS), help="The program that a native export is for.")
+        str, typer.Option("--for", metavar="|".join(CLIENTS), help="The program that a native export is for.")
     ] = "transformers"
     expert: Annotated[
         str | None,
@@ -103,10 +104,10 @@ def export(
     """
     with Console(as_json=shown.as_json, quiet=shown.quiet, verbose=shown.verbose) as console:
         flags.choose("--format", files.file_format, ("safetensors",))
-        flags.choose("--form", model.form, api.FORMS)
-        flags.choose("--for", model.client, api.CLIENTS)
+        flags.choose("--form", model.form, FORMS)
+        flags.choose("--for", model.client, CLIENTS)
         if files.dtype is not None:
-            flags.choose("--dtype", files.dtype, api.DTYPES)
+            flags.choose("--dtype", files.dtype, DTYPES)
         if run.device is not None:
             flags.choose("--device", run.device, ("auto", "cpu", "cuda"))
         flags.parse_size("--max-shard-size", files.max_shard_size)

@@ -24,13 +24,6 @@ Progress = Callable[..., None]
 What is counted stands behind the message's last comma: ``progress("writing, bytes", 10**6, 10**9)``.
 """
 
-FORMS = ("tied", "packed", "native", "dense", "adapter")
-"""Forms of an export."""
-CLIENTS = ("transformers", "vllm", "sglang", "llama.cpp")
-"""Programs that a native export can be for."""
-DTYPES = ("bfloat16", "float16", "float32")
-"""Types that an export's weights can be cast to."""
-
 
 def resolve_recipe(
     step: str,

@@ -15,8 +15,8 @@ import torch
 from modmoe.errors import CheckpointError, ExportError, did_you_mean
 from modmoe.formats.card.converted import write_card
 from modmoe.formats.dense import RECIPE, dense_plan, expert_number, family_of_tied
+from modmoe.formats.names import CLIENTS, DTYPES, FORMS
 from modmoe.formats.native.plan import native_export
-from modmoe.formats.native.targets import CLIENTS
 from modmoe.formats.packed import packed_plan, packed_warnings
 from modmoe.formats.parcel import public_recipe
 from modmoe.formats.proof.verify import verify as verify_export
@@ -29,9 +29,6 @@ from modmoe.runtime.progress import Progress, silent
 from modmoe.storage.checkpoint import Checkpoint, CheckpointWriter, copy_companions, parse_bytes, resolve_source
 from modmoe.storage.plan import Plan
 from modmoe.storage.staging import check_output, open_output
-
-FORMS = ("tied", "dense", "native", "packed", "adapter")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 LOG = logging.getLogger(__name__)
 
@@ -107,7 +104,7 @@ def export(
     shard_bytes = parse_bytes(max_shard_size, "max_shard_size")
     check_output(output, overwrite=overwrite)
     directory = resolve_source(source)
-    weight_dtype = None if dtype is None else DTYPES[dtype]
+    weight_dtype = None if dtype is None else getattr(torch, dtype)
     if is_adapter(directory):
         from modmoe.exports.adapters import export_adapter  # imports peft, which takes seconds
 

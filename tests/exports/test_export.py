@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 
 import modmoe
 from modmoe.errors import CheckpointError, ExportError, ModmoeError, RecipeError
-from modmoe.exports import converted
 from modmoe.exports.converted import export
 from modmoe.formats.card.converted import escape
 from modmoe.formats.dense import FoldMeans, dense_config, dense_plan, family_of_tied
@@ -299,7 +298,3 @@ def test_what_the_fresh_process_says_becomes_one_line(mistral, tmp_path, monkeyp
         export(str(mistral), str(tmp_path / "out"), form="dense", expert="code")
     assert "does not reload" in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_every_form_is_told_to_the_user():
-    assert set(converted.FORMS) == {"tied", "packed", "dense", "native", "adapter"}

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from modmoe.errors import ExportError
 from modmoe.exports.converted import export
+from modmoe.formats.names import CLIENTS
 from modmoe.formats.native.gates import Gate, choose_gate, router_factor
 from modmoe.formats.native.plan import native_export
-from modmoe.formats.native.targets import CLIENTS, TARGETS
+from modmoe.formats.native.targets import TARGETS
 from modmoe.formats.proof import reload, verify
 from modmoe.models.loading import load
 from modmoe.storage.checkpoint import Checkpoint

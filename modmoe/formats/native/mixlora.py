@@ -83,7 +83,7 @@ def expand_mixlora(
         name: the adapter's name.
         target: a name in TARGETS, or ``auto``.
         dtype: type of the weights written; None for the base model's.
-        client: the program that will run it, one of ``native_targets.CLIENTS``.
+        client: the program that will run it, one of ``CLIENTS`` in ``modmoe.formats.names``.
 
     Raises:
         ExportError: no such adapter or target, or the target cannot hold the model; says why.

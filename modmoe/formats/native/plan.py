@@ -22,9 +22,10 @@ from torch import Tensor
 
 from modmoe.errors import ExportError, did_you_mean
 from modmoe.formats.dense import dense_config
+from modmoe.formats.names import CLIENTS
 from modmoe.formats.native.gates import COLDEST, Gate, Pile, Scaled, router_factor, shared_gate
 from modmoe.formats.native.model import TiedModel, gate_of, why_not
-from modmoe.formats.native.targets import CLIENTS, TARGETS, Projections, Target
+from modmoe.formats.native.targets import TARGETS, Projections, Target
 from modmoe.models.families import layers_of
 from modmoe.models.ffn_layout import ROLES, plain_layout, prefix_of
 from modmoe.storage.checkpoint import Checkpoint

@@ -18,10 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from modmoe.formats.names import CLIENTS
 from modmoe.models.ffn_layout import plain_layout
-
-CLIENTS = ("transformers", "vllm", "sglang", "llama.cpp")
-"""Programs that a native export can be asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
