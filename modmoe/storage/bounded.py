@@ -135,7 +135,7 @@ class _Words:
         self.memory_bytes, self.item_seconds = memory_bytes, item_seconds
 
     def error(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.place}: {problem}; {self.remedy}.")
+        return CheckpointError(self.place, problem, self.remedy)
 
     def too_large(self) -> CheckpointError:
         return self.error(f"needs more than the {self.memory_bytes / 1e9:.2g} GB that it may use")
@@ -284,11 +284,11 @@ class _Receiver:
 
 
 def _error_of(data: bytearray) -> ModmoeError:
-    """Return the error that the child described."""
+    """Return the error that the child described, with its parts."""
     described = json.loads(data)
     kind: Any = getattr(errors, described["kind"], None)
     is_ours = isinstance(kind, type) and issubclass(kind, ModmoeError)
-    error: ModmoeError = (kind if is_ours else CheckpointError)(described["words"])
+    error: ModmoeError = (kind if is_ours else CheckpointError)(*described["parts"])
     for note in described["notes"]:
         error.add_note(note)
     return error
@@ -318,7 +318,7 @@ def _work_and_exit(work: Callable[[], Iterator[Any]], words: _Words, handle: int
         with contextlib.suppress(BaseException):
             made = words.of(error)
             notes = [str(note) for note in getattr(made, "__notes__", ())]
-            _send(handle, b"e", {"kind": type(made).__name__, "words": str(made), "notes": notes})
+            _send(handle, b"e", {"kind": type(made).__name__, "parts": made.__reduce__()[1], "notes": notes})
     finally:
         os._exit(code)
 

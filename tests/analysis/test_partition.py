@@ -197,7 +197,9 @@ def test_a_partition_refuses_unequal_modules(modules: list[int], num_modules: in
 def test_a_number_that_does_not_divide_names_the_nearest(neurons: int, num_modules: int, nearest: str) -> None:
     with pytest.raises(PartitionError) as error:
         check_num_modules(neurons, num_modules)
-    wanted = f"num_modules: {num_modules} does not divide {neurons} neurons; nearest that do: {nearest} (--num-modules)"
+    wanted = (
+        f"num_modules: {num_modules} does not divide {neurons} neurons; nearest that do: {nearest} (--num-modules)."
+    )
     assert str(error.value) == wanted
 
 

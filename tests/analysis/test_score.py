@@ -87,7 +87,7 @@ def test_every_score_is_float64_of_tasks_by_modules(method: str) -> None:
 def test_what_a_score_lacks_is_said() -> None:
     with pytest.raises(CalibrationError, match="score 'taylor' needs gradients"):
         module_scores("taylor", profile(gradients=False), WEIGHTS, PARTITION)
-    with pytest.raises(CalibrationError, match="score 'output_norm' needs the norms of modules"):
+    with pytest.raises(CalibrationError, match="score 'output_norm': needs the norms of modules"):
         module_scores("output_norm", profile(norms=False), WEIGHTS, PARTITION)
     with pytest.raises(PartitionError, match="is of 4 modules, the partition of 2"):
         module_scores("output_norm", profile(), WEIGHTS, Partition(torch.arange(NEURONS) % 2, 2))

@@ -93,6 +93,7 @@ def test_items_and_errors_arrive_as_they_were(
     has_children: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bounded, "HAS_CHILDREN", has_children)
+    caplog.set_level(logging.INFO, "modmoe")  # a command that ran in this process may have set another
     values = [1, 2.5, None, "ü\ud800\n", [1, [2]], {"a": True}, list(range(100_000))]
 
     def work() -> Iterator[Any]:
