@@ -129,7 +129,8 @@ class RouterOptions:
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="What the router starts from: logistic (the default), least_squares, centroid, average_key, zero.",
+            help="What the router starts from: logistic (the default), ridge, least_squares, centroid, average_key, "
+            "zero.",
         ),
     ] = None
     router_kind: Annotated[

@@ -47,8 +47,8 @@ PartitionMethod = Annotated[
     typer.Option(
         "--partition",
         metavar="METHOD",
-        help="How neurons are cut into modules: kmeans (the default), activations, coactivation, gradient, random, "
-        "contiguous, or the dotted path of a function of yours.",
+        help="How neurons are cut into modules: kmeans (the default), activations, coactivation, gradient, "
+        "importance, random, contiguous, or the dotted path of a function of yours.",
     ),
 ]
 Score = Annotated[

@@ -11,7 +11,7 @@ forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +70,18 @@ class ActivationProfile:
     def num_neurons(self) -> int:
         """Neurons F of the layer."""
         return self.sum_PF.shape[1]
+
+    def take(self, neurons_N: Tensor) -> ActivationProfile:
+        """Return the profile of some of the neurons, in the order of their numbers given, without norms of modules."""
+        return replace(
+            self,
+            sum_PF=self.sum_PF[:, neurons_N],
+            abs_PF=self.abs_PF[:, neurons_N],
+            square_PF=self.square_PF[:, neurons_N],
+            taylor_PF=None if self.taylor_PF is None else self.taylor_PF[:, neurons_N],
+            rows_SF=self.rows_SF[:, neurons_N],
+            norm_PM=None,
+        )
 
     def merge(self, other: ActivationProfile) -> ActivationProfile:
         """Return the profile of both texts: sums add exactly, tasks of one alone are kept, the sketch is drawn anew.

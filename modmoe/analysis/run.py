@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modmoe.analysis.partitions.core import with_core
 from modmoe.analysis.partitions.table import Partition, cut_layers, find_partitioner, save_partitions
 from modmoe.analysis.passes.by_layer import fits, free_bytes, model_bytes, open_model
 from modmoe.analysis.passes.clusters import cluster_sequences
@@ -105,7 +106,7 @@ def analyze_source(
     ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
     layers = [layer for layer in range(source.num_layers) if ranks.is_mine(layer)]
     cuts = cut_layers(
-        find_partitioner(recipe.partition.method),
+        with_core(find_partitioner(recipe.partition.method), recipe.partition.core_fraction),
         lambda layer: (profiles[layer], ffns[layer]),
         layers,
         recipe.partition.num_modules,

@@ -197,6 +197,17 @@ class FFNWeights:
         """The rows that decide when a neuron is active: gate rows, or up rows where there is no gate."""
         return self.up_FD if self.gate_FD is None else self.gate_FD
 
+    def take(self, neurons_N: Tensor) -> FFNWeights:
+        """Return the FFN of some of the neurons, in the order of their numbers given."""
+        return FFNWeights(
+            gate_FD=None if self.gate_FD is None else self.gate_FD[neurons_N],
+            up_FD=self.up_FD[neurons_N],
+            down_DF=self.down_DF[:, neurons_N],
+            gate_bias_F=None if self.gate_bias_F is None else self.gate_bias_F[neurons_N],
+            up_bias_F=None if self.up_bias_F is None else self.up_bias_F[neurons_N],
+            down_bias_D=self.down_bias_D,
+        )
+
 
 def read_ffn(tensors: Mapping[str, Tensor], family: Family, layer: int) -> FFNWeights:
     """Return the weights of FFN ``layer``, un-fused and un-transposed; views where the layout allows it.

@@ -42,6 +42,8 @@ class PartitionRecipe:
     """A name in PARTITIONERS of modmoe.analysis.partitions.table, or the dotted path of a partitioner."""
     num_modules: int = 16
     """Modules of each FFN; must divide its neurons."""
+    core_fraction: float = 0.0
+    """Share of the modules that hold the neurons that matter most over all tasks; the method cuts the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class RouterRecipe:
     """Experts chosen at once."""
     combine: Literal["union", "sum"] = "union"
     """``union``: a module counts once if any chosen expert has it. ``sum``: experts are weighted and added."""
-    start: Literal["logistic", "least_squares", "centroid", "average_key", "zero"] = "logistic"
+    start: Literal["logistic", "ridge", "least_squares", "centroid", "average_key", "zero"] = "logistic"
     """What the router starts from."""
     kind: Literal["linear", "mlp"] = "linear"
     """One matrix, or two layers with a hidden width of 4 * num_experts, at least 16."""
@@ -229,6 +231,10 @@ class Recipe:
                     f"than {_MOST_BATCH_TOKENS:,} tokens at once",
                     "choose fewer",
                 )
+        if not 0 <= self.partition.core_fraction < 1:
+            raise RecipeError(
+                "partition.core_fraction", f"{self.partition.core_fraction} is not at least 0 and below 1"
+            )
         if not 0 < self.assignment.active_fraction <= 1:
             raise RecipeError(
                 "assignment.active_fraction", f"{self.assignment.active_fraction} is not above 0 and at most 1"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from modmoe.analysis.balance import assign_balanced
+from modmoe.analysis.partitions.core import core_modules, with_core
 from modmoe.analysis.partitions.kmeans import balanced_kmeans
 from modmoe.analysis.partitions.table import (
     PARTITIONERS,
@@ -24,7 +26,7 @@ from modmoe.analysis.partitions.table import (
     load_partitions,
     save_partitions,
 )
-from modmoe.analysis.profile import ActivationProfile
+from modmoe.analysis.profile import ActivationProfile, reads_gradients
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.models.ffn_layout import FFNWeights
 
@@ -164,6 +166,38 @@ def test_activations_finds_neurons_that_move_together() -> None:
     shifted_SF = (column_FS * (0.1 + torch.rand(96, 1)) + 5 * torch.randn(96, 1)).T
     profile, weights = layer_of(shifted_SF, torch.randn(96, 24))
     assert same_modules(PARTITIONERS["activations"](profile, weights, 6, 0).module_F, truth_F)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "activations", "importance", "random", "contiguous"])
+def test_the_core_holds_what_matters_most_and_the_rest_is_cut_as_alone(method: str) -> None:
+    draw = torch.Generator().manual_seed(3)
+    rows_SF, up_FD = torch.randn(40, 24, generator=draw), torch.randn(24, 6, generator=draw)
+    profile, weights = layer_of(rows_SF, up_FD)
+    profile = replace(profile, square_PF=rows_SF.double().square().sum(0, keepdim=True))
+    partitioner = find_partitioner(method)
+    partition = with_core(partitioner, 0.25)(profile, weights, 8, 5)
+    # the loop that anyone can read: root mean square of each neuron, times the length of its column
+    tokens = int(profile.tokens_P.sum())
+    score = [
+        (sum(float(square) for square in profile.square_PF[:, neuron]) / tokens) ** 0.5
+        * float(weights.down_DF[:, neuron].norm())
+        for neuron in range(24)
+    ]
+    order = sorted(range(24), key=lambda neuron: -score[neuron])
+    assert [int(partition.module_F[neuron]) for neuron in order[:6]] == [0, 0, 0, 1, 1, 1]
+    rest = torch.tensor(sorted(order[6:]))
+    alone = partitioner(profile.take(rest), weights.take(rest), 6, 5)
+    assert torch.equal(partition.module_F[rest], 2 + alone.module_F)
+    assert with_core(partitioner, 0.0) is partitioner
+
+
+def test_a_core_leaves_modules_to_choose_from() -> None:
+    assert [core_modules(share, 8) for share in (0.0, 0.1, 0.25, 0.5, 0.99)] == [0, 1, 2, 4, 7]
+
+
+def test_a_partition_by_gradients_stays_one_behind_a_core() -> None:
+    assert reads_gradients(with_core(find_partitioner("gradient"), 0.5))
+    assert not reads_gradients(with_core(find_partitioner("kmeans"), 0.5))
 
 
 def test_a_partition_knows_its_permutation() -> None:

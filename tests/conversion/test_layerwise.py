@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from modmoe.analysis.modules import Partition
 from modmoe.analysis.passes.stream import Turn, WholeModel, watched
 from modmoe.conversion.driver import convert
 from modmoe.conversion.modular import layerwise
 from modmoe.conversion.modular.layerwise import LayerFit, Rows, coefficients_TM
-from modmoe.errors import ModmoeError
+from modmoe.conversion.modular.ridge import RidgeSums
+from modmoe.errors import ModmoeError, RecipeError
 from modmoe.models.families import FAMILIES
+from modmoe.models.ffn_layout import FFNWeights
 from modmoe.models.loading import load
 from modmoe.recipe.schema import Recipe, make_recipe
 from modmoe.storage.checkpoint import Checkpoint
@@ -183,3 +186,47 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, more:
     (tmp_path / "dense" / "model.safetensors").unlink()
     with pytest.raises(ModmoeError, match=words):
         convert(recipe, str(tmp_path / "out"))
+
+
+def test_a_ridge_router_is_fitted_to_every_token_that_is_not_judged_by() -> None:
+    draw = torch.Generator().manual_seed(1)
+    x_TD, hidden_TF = torch.randn(50, 6, generator=draw), torch.randn(50, 12, generator=draw)
+    down_DF = torch.randn(6, 12, generator=draw)
+    partition = Partition(torch.arange(12) % 4, 4)
+    sums = RidgeSums(partition, FFNWeights(None, torch.randn(12, 6, generator=draw), down_DF))
+    sums.add(x_TD[:20], hidden_TF[:20])
+    sums.add(x_TD[20:], hidden_TF[20:])
+    # the loop: what each module puts out for each token, and the normal equations of all of them
+    value = torch.zeros(50, 4, dtype=torch.float64)
+    for token in range(50):
+        for neuron in range(12):
+            value[token, neuron % 4] += float(hidden_TF[token, neuron] * down_DF[:, neuron].norm()) ** 2
+    value = value.sqrt()
+    gram = x_TD.double().T @ x_TD.double()
+    weight = torch.linalg.solve(gram + 1e-2 * gram.diagonal().mean() * torch.eye(6), x_TD.double().T @ value)
+    own = torch.tensor([3, 1])
+    expected = (weight / value[:, own].mean()).T[own]
+    torch.testing.assert_close(sums.router_of(own), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_share_the_core_and_a_ridge_router_chooses_the_others(tmp_path: Path, seen: dict[str, Any]) -> None:
+    values = {"assignment.method": "modules", "assignment.shared_modules": 0, "router.start": "ridge"}
+    recipe = settings(tmp_path, "llama", **values, **{"partition.core_fraction": 0.25})
+    result = convert(recipe, str(tmp_path / "out"))
+    assert result["verified"]["max_abs_logit_diff_all_on"] <= 1e-8
+    for fit in seen["fits"]:
+        assert fit.assignment.shared_M.nonzero().flatten().tolist() == [0, 1]
+        assert fit.start.weight_ED.shape == (6, 32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"assignment.method": "greedy"},
+        {"assignment.method": "modules", "router.kind": "mlp"},
+        {"assignment.method": "top_score", "assignment.refit": False},
+    ],
+)
+def test_a_ridge_router_is_for_modules(tmp_path: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"^router.start: ridge is for assignment 'modules' and a linear router"):
+        convert(settings(tmp_path, "llama", **values, **{"router.start": "ridge"}), str(tmp_path / "out"))

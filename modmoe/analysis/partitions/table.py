@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Lock
-from typing import Protocol
 
 import torch
 
@@ -13,7 +12,9 @@ from modmoe.analysis.modules import Partition, check_num_modules, load_partition
 from modmoe.analysis.partitions.activations import cut_by_activations
 from modmoe.analysis.partitions.coactivation import cut_by_coactivation
 from modmoe.analysis.partitions.gradient import cut_by_gradients
+from modmoe.analysis.partitions.importance import cut_by_importance
 from modmoe.analysis.partitions.kmeans import cut_by_keys
+from modmoe.analysis.partitions.protocol import Partitioner
 from modmoe.analysis.partitions.random import cut_at_random, cut_in_order
 from modmoe.analysis.profile import ActivationProfile
 from modmoe.errors import RecipeError, did_you_mean
@@ -32,22 +33,12 @@ __all__ = [
 ]
 
 
-class Partitioner(Protocol):
-    """A way of cutting the neurons of one layer into modules.
-
-    One that reads the profile's gradients is marked by ``modmoe.analysis.profile.with_gradients``.
-    """
-
-    def __call__(self, profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
-        """Return the partition; the same for the same arguments."""
-        ...
-
-
 PARTITIONERS: dict[str, Partitioner] = {
     "kmeans": cut_by_keys,
     "activations": cut_by_activations,
     "coactivation": cut_by_coactivation,
     "gradient": cut_by_gradients,
+    "importance": cut_by_importance,
     "random": cut_at_random,
     "contiguous": cut_in_order,
 }

@@ -33,6 +33,7 @@ class OutputAssigner(Protocol):
         num_experts: int,
         modules_per_expert: int,
         shared_modules: int,
+        core_modules: int,
         coverage: bool,
         seed: int,
     ) -> Assignment:
@@ -47,12 +48,13 @@ def assign_greedy(
     num_experts: int,
     modules_per_expert: int,
     shared_modules: int = 0,
+    core_modules: int = 0,
     coverage: bool = False,
     seed: int = 0,
 ) -> Assignment:
     """Return one expert a task, nested in size; the shared modules are those that are best for all tasks together."""
     gram_PMM = outputs.gram_PMM()
-    shared = eliminate(gram_PMM.mean(0))[:shared_modules]
+    shared = eliminate(gram_PMM.mean(0), torch.arange(core_modules))[:shared_modules]
     order_PM = torch.stack([eliminate(gram_MM, shared) for gram_MM in gram_PMM])
     if not coverage:
         return _of_ranking(order_PM[:, :modules_per_expert], order_PM.shape[1], task_names)
@@ -74,6 +76,7 @@ def assign_tokens(
     num_experts: int,
     modules_per_expert: int,
     shared_modules: int = 0,
+    core_modules: int = 0,
     coverage: bool = False,
     seed: int = 0,
 ) -> Assignment:
@@ -81,7 +84,7 @@ def assign_tokens(
     from sklearn.cluster import KMeans
 
     gram_NMM = outputs.gram_NMM
-    shared = eliminate(outputs.gram_PMM().mean(0))[:shared_modules]
+    shared = eliminate(outputs.gram_PMM().mean(0), torch.arange(core_modules))[:shared_modules]
     size_NM = outputs.value_NM().sqrt()
     unit_NM = size_NM / size_NM.norm(dim=1, keepdim=True).clamp_min(1e-30)
     count = min(num_experts, len(unit_NM))
@@ -110,11 +113,12 @@ def assign_modules(
     num_experts: int,
     modules_per_expert: int,
     shared_modules: int = 0,
+    core_modules: int = 0,
     coverage: bool = False,
     seed: int = 0,
 ) -> Assignment:
     """Return an expert for each module that is not shared."""
-    return single_modules(eliminate(outputs.gram_PMM().mean(0)), shared_modules)
+    return single_modules(eliminate(outputs.gram_PMM().mean(0), torch.arange(core_modules)), shared_modules)
 
 
 def single_modules(order_M: Tensor, shared_modules: int) -> Assignment:

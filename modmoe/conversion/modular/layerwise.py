@@ -20,7 +20,9 @@ from modmoe.analysis.passes.by_layer import ByLayer, Stage
 from modmoe.analysis.passes.stream import Turn, count_tokens, draw_positions, starts_of
 from modmoe.analysis.text.calibration import Batch
 from modmoe.conversion.modular.assignment import Assignment
+from modmoe.conversion.modular.least_squares import hold_out
 from modmoe.conversion.modular.module_outputs import ModuleOutputs, module_outputs
+from modmoe.conversion.modular.ridge import RidgeSums
 from modmoe.conversion.modular.routers import RouterStart, fit_router, judge, route
 from modmoe.models.ffn_layout import FFNWeights
 from modmoe.recipe.schema import RouterRecipe
@@ -118,13 +120,14 @@ def fit_layers(
     fitted: list[LayerFit] = []
     for stage in runner.stages(batches):
         weights, partition = ffns[stage.layer], partitions[stage.layer]
-        rows = collect_rows(stage, options.seed, count)
+        sums = RidgeSums(partition, weights) if options.router.start == "ridge" else None
+        rows = collect_rows(stage, options.seed, count, None if sums is None else sums.add)
         fit = None if split is None else split(rows, partition, weights, options)
         partition = partition if fit is None or fit.partition is None else fit.partition
         is_centred = options.router.compensation
         outputs = module_outputs(rows.hidden_NF, weights.down_DF, partition, rows.task_N, is_centred=is_centred)
         if fit is None:
-            fit = _choose(stage.layer, rows, outputs, weights, partition, assign, options)
+            fit = _choose(stage.layer, rows, outputs, weights, partition, assign, options, sums)
         else:
             args = (rows.x_ND, outputs, rows.sequence_N, fit.assignment, options.router.top_k, options.seed)
             fit = replace(fit, start=judge(fit.start, *args))
@@ -143,22 +146,40 @@ def _choose(
     partition: Partition,
     assign: Assign,
     options: FitOptions,
+    sums: RidgeSums | None,
 ) -> LayerFit:
     assignment = assign(layer, outputs)
     if options.router.routing == "task":
         return LayerFit(assignment, RouterStart())
+    if sums is not None:
+        own_EM = assignment.membership_EM & ~assignment.shared_M
+        start = RouterStart(sums.router_of(own_EM.long().argmax(1)))
+        args = (rows.x_ND, outputs, rows.sequence_N, assignment, options.router.top_k, options.seed)
+        return LayerFit(assignment, judge(start, *args))
     start = fit_router(
         rows.x_ND, outputs, rows.sequence_N, weights, assignment, partition, options.router, options.seed
     )
     return LayerFit(assignment, start)
 
 
-def collect_rows(stage: Stage, seed: int, progress: Callable[[int], None] | None = None) -> Rows:
-    """Return tokens drawn uniformly from all batches, the same whatever the number of processes."""
+def collect_rows(
+    stage: Stage,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor, Tensor], None] | None = None,
+) -> Rows:
+    """Return tokens drawn uniformly from all batches, the same whatever the number of processes.
+
+    ``on_tokens`` is called with the FFN's inputs and activations of all tokens, float32, but for those of the sequences
+    by which routers are judged.
+    """
     masks = [turn.batch.attention_mask_BT for turn in stage.all_turns]
     sizes = [int(mask_BT.sum()) for mask_BT in masks]
     first_row, first_sequence = starts_of(sizes), starts_of(map(len, masks))
     position_N = draw_positions(sum(sizes), KEPT_ROWS, seed)
+    sequence_T = torch.arange(sum(map(len, masks))).repeat_interleave(torch.cat([mask.sum(1) for mask in masks]))
+    fit_N, held_N = (sequence_T[position_N][rows_N] for rows_N in hold_out(sequence_T[position_N], seed))
+    judged = held_N[~torch.isin(held_N, fit_N)]  # of very few sequences none is held out
     kept: dict[str, Tensor] = {}
     inputs: list[Tensor] = []
 
@@ -176,11 +197,14 @@ def collect_rows(stage: Stage, seed: int, progress: Callable[[int], None] | None
         places = torch.nonzero((at_N >= 0) & (at_N < sizes[turn.index])).flatten()
         there = at_N[places].to(x_TD.device)
         length_B = turn.batch.attention_mask_BT.sum(1)
-        sequence_T = torch.arange(len(length_B)).repeat_interleave(length_B)
+        local_T = torch.arange(len(length_B)).repeat_interleave(length_B)
+        if on_tokens is not None:
+            is_fit_T = ~torch.isin(first_sequence[turn.index] + local_T, judged)
+            on_tokens(x_TD.float().cpu()[is_fit_T], hidden_TF.float().cpu()[is_fit_T])
         kept["x_ND"][places] = x_TD[there].float().cpu()
         kept["hidden_NF"][places] = hidden_TF[there].float().cpu()
         kept["task_N"][places] = turn.task
-        kept["sequence_N"][places] = first_sequence[turn.index] + sequence_T[at_N[places]]
+        kept["sequence_N"][places] = first_sequence[turn.index] + local_T[at_N[places]]
 
     stage.run(on_input=watch_input, on_hidden=watch_hidden, progress=progress)
     return Rows(**{name: ranks.add_up(tensor) for name, tensor in kept.items()})

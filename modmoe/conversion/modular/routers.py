@@ -5,6 +5,8 @@ The best expert of a token is the one whose missing modules matter least: it has
 
     logistic        multinomial logistic regression from the FFN's input to the best expert, each token weighted by the
                     root of what choosing the second best would cost
+    ridge           for experts that are single modules: ridge regression on every token to what each module puts out;
+                    see ``modmoe.conversion.modular.ridge``
     least_squares   ridge regression to the best expert's indicator
     centroid        mean input of the tokens that an expert is best for, less the mean of all (LLaMA-MoE-v2,
                     https://arxiv.org/abs/2411.15708)

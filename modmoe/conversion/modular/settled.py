@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from modmoe.analysis.partitions.core import core_modules
 from modmoe.analysis.partitions.table import find_partitioner
 from modmoe.analysis.passes.by_layer import fits
 from modmoe.analysis.profile import reads_gradients
@@ -17,8 +18,11 @@ from modmoe.recipe.schema import Recipe
 
 
 def settle(recipe: Recipe) -> Recipe:
-    """Return the recipe with what follows from it: where the router chooses modules, how many it chooses."""
+    """Return the recipe with what follows from it: experts share the core, and so many modules are chosen."""
     recipe = settle_split(recipe)
+    core = core_modules(recipe.partition.core_fraction, recipe.partition.num_modules)
+    if core and not recipe.assignment.shared_modules:
+        recipe = replace(recipe, assignment=replace(recipe.assignment, shared_modules=core))
     assignment = recipe.assignment
     if not find_assignment(assignment.method).is_by_module:
         return recipe
@@ -53,6 +57,10 @@ def check_experts(recipe: Recipe) -> None:
         raise RecipeError("router.routing", "sequence does not go with this assignment or refit", "use token or task")
     if not method.is_by_task and recipe.router.routing == "task":
         raise RecipeError("router.routing", f"with assignment '{name}' experts are no tasks", "use token")
+    if recipe.router.start == "ridge" and (not method.is_by_module or recipe.router.kind != "linear"):
+        raise RecipeError(
+            "router.start", "ridge is for assignment 'modules' and a linear router", "leave it out, or give both"
+        )
     if assignment.coverage and not method.has_coverage:
         raise RecipeError("assignment.coverage", f"assignment '{name}' has none", "leave it out")
     if method.is_by_module and assignment.num_experts not in (None, experts):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modmoe.analysis.partitions.core import core_modules
 from modmoe.analysis.passes.by_layer import ByLayer
 from modmoe.analysis.run import Analysis, analyze_source, save_analysis, tokens_by_task
 from modmoe.analysis.score import module_scores
@@ -105,6 +106,7 @@ def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: 
             num_experts=count_experts(recipe),
             modules_per_expert=modules_per_expert(recipe),
             shared_modules=recipe.assignment.shared_modules,
+            core_modules=core_modules(recipe.partition.core_fraction, recipe.partition.num_modules),
             coverage=recipe.assignment.coverage,
             seed=recipe.seed,
         )
