@@ -207,16 +207,14 @@ class Recipe:
             "finetune.save_steps": self.finetune.save_steps,
             "finetune.temperature": self.finetune.temperature,
         }
-        if self.assignment.num_experts is not None:
-            positive["assignment.num_experts"] = self.assignment.num_experts
-        if self.assignment.modules_per_expert is not None:
-            positive["assignment.modules_per_expert"] = self.assignment.modules_per_expert
-        if self.experts.num_experts is not None:
-            positive["experts.num_experts"] = self.experts.num_experts
-        if self.adapter.budget is not None:
-            positive["adapter.budget"] = self.adapter.budget
-        if self.finetune.learning_rate is not None:
-            positive["finetune.learning_rate"] = self.finetune.learning_rate
+        may_be_none = {
+            "assignment.num_experts": self.assignment.num_experts,
+            "assignment.modules_per_expert": self.assignment.modules_per_expert,
+            "experts.num_experts": self.experts.num_experts,
+            "adapter.budget": self.adapter.budget,
+            "finetune.learning_rate": self.finetune.learning_rate,
+        }
+        positive |= {place: value for place, value in may_be_none.items() if value is not None}
         for place, value in positive.items():
             if not value > 0:
                 raise RecipeError(place, f"{value} is not above 0")
