@@ -37,7 +37,7 @@ from rich.table import Table
 import modmoe
 from modmoe import api
 from modmoe.demo.corpus import write_task_files
-from modmoe.demo.run import MODEL
+from modmoe.demo.main_job import MODEL
 from modmoe.models.loading import load
 
 HERE = Path(__file__).resolve().parent

@@ -30,7 +30,7 @@ def demo(
     It is offline, and takes some minutes on a laptop CPU.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        from modmoe.demo.run import run
+        from modmoe.demo.main_job import run
 
         result = run(output, seed=seed, overwrite=overwrite, progress=console.progress)
         report, tuned = result["report"], result["models"]["fine-tuned"]["directory"]

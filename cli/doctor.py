@@ -26,7 +26,7 @@ def doctor(
     its place and its remedy; the exit code is 2 where there is one.
     """
     with Console(as_json=as_json, quiet=quiet, verbose=verbose) as console:
-        from modmoe.diagnosis.run import doctor as run
+        from modmoe.diagnosis.doctor import doctor as run
 
         result = run(directory, progress=console.progress)
         shown = {"kind": result["kind"], **result["checked"], "healthy": result["healthy"]}

@@ -23,7 +23,7 @@ from pathlib import Path
 import pyte
 from PIL import Image
 
-from modmoe.demo.run import MODEL
+from modmoe.demo.main_job import MODEL
 from tests.support.browser import Browser, find_chromium
 
 IMAGES = Path(__file__).parent / "images"

@@ -13,7 +13,7 @@ from modmoe.version import __version__
 
 if TYPE_CHECKING:
     from modmoe.api import analyze, convert, evaluate, export, finetune, inspect
-    from modmoe.diagnosis.run import doctor
+    from modmoe.diagnosis.doctor import doctor
     from modmoe.errors import ModmoeError
     from modmoe.models.loading import load
     from modmoe.recipe.schema import Recipe, load_recipe, make_recipe
@@ -40,7 +40,7 @@ _HOMES = {
     "Recipe": "modmoe.recipe.schema",
     "analyze": "modmoe.api",
     "convert": "modmoe.api",
-    "doctor": "modmoe.diagnosis.run",
+    "doctor": "modmoe.diagnosis.doctor",
     "evaluate": "modmoe.api",
     "export": "modmoe.api",
     "finetune": "modmoe.api",

@@ -20,7 +20,7 @@ from modmoe.models.counts import routed_of
 from modmoe.models.families import layers_of
 from modmoe.models.implied import Fit, compare, model_names, quiet
 from modmoe.models.loading import TIED_PREFIX, own_code, skeleton
-from modmoe.storage.kinds.check import find_problems
+from modmoe.storage.kinds.faults import find_problems
 from modmoe.storage.kinds.headers import Headers
 from modmoe.storage.scratch import scratch_directory
 

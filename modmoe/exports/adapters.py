@@ -31,8 +31,8 @@ from modmoe.exports.folded import fold_to_single, write_folded
 from modmoe.formats.adapter_code import CONFIGURATION, MODELING, write_code
 from modmoe.formats.card.adapter import write_adapter_card
 from modmoe.formats.dense import RECIPE
-from modmoe.formats.parcel import public_recipe
 from modmoe.formats.proof.verify import verify as verify_export
+from modmoe.formats.pushed_files import public_recipe
 from modmoe.formats.tied import with_dtype
 from modmoe.models.adapter_config import adapter_method, read_peft_config
 from modmoe.models.counts import tensor_bytes

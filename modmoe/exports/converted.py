@@ -18,8 +18,8 @@ from modmoe.formats.dense import RECIPE, dense_plan, expert_number, family_of_ti
 from modmoe.formats.names import CLIENTS, DTYPES, FORMS
 from modmoe.formats.native.plan import native_export
 from modmoe.formats.packed import packed_plan, packed_warnings
-from modmoe.formats.parcel import public_recipe
 from modmoe.formats.proof.verify import verify as verify_export
+from modmoe.formats.pushed_files import public_recipe
 from modmoe.formats.tied import tied_plan, with_dtype
 from modmoe.formats.tied_code import own_files, write_code, write_packed_code
 from modmoe.models.counts import tensor_bytes

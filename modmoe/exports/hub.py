@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from modmoe.errors import CheckpointError, ExportError, hide_secrets
-from modmoe.formats.parcel import CARD, Contents, contents, left_out, list_files, warnings_of
+from modmoe.formats.pushed_files import CARD, Contents, contents, left_out, list_files, warnings_of
 from modmoe.storage.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -41,7 +41,7 @@ from modmoe.storage.checkpoint import (
     resolve_base,
     resolve_source,
 )
-from modmoe.storage.kinds.check import check_rows, check_vocabulary
+from modmoe.storage.kinds.faults import check_rows, check_vocabulary
 from modmoe.storage.kinds.forms import find_form, has_weights
 from modmoe.storage.kinds.headers import read_headers
 from modmoe.storage.kinds.orders import find_orders

@@ -15,7 +15,7 @@ from modmoe.errors import ModmoeError, RecipeError
 from modmoe.runtime.launch import is_first_of_many
 from modmoe.storage.documents import check_task_file, read_object
 from modmoe.storage.files import check_file, check_name, is_page, place_of, target_of
-from modmoe.storage.kinds.check import check_source
+from modmoe.storage.kinds.faults import check_source
 from modmoe.storage.seal import find_stranger, is_marked, is_taken
 from modmoe.storage.staging import check_output
 
@@ -31,7 +31,7 @@ _MOST_LINKS = 10_000
 def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str], **needs: bool) -> None:
     """Refuse a directory or a file that is not there or no model, before torch and all that it brings is loaded.
 
-    ``needs`` is what ``modmoe.storage.kinds.check.check_source`` takes.
+    ``needs`` is what ``modmoe.storage.kinds.faults.check_source`` takes.
     """
     # one of several processes does not speak: what it lacks, it tells the others once it has joined them
     if is_first_of_many() is not None:

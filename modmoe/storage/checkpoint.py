@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modmoe.errors import CheckpointError, RecipeError
 from modmoe.storage.documents import FILES, check_links, local_directory, open_tensors, read_index, read_object
-from modmoe.storage.kinds.check import check_kind
+from modmoe.storage.kinds.faults import check_kind
 from modmoe.storage.kinds.forms import ADAPTER_CONFIG as ADAPTER_CONFIG
 from modmoe.storage.kinds.forms import find_lack, wrong_with
 from modmoe.storage.kinds.forms import is_adapter as is_adapter

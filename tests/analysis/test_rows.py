@@ -212,7 +212,7 @@ def test_prompt_and_completion_are_joined_as_trl_joins_them(tmp_path: Path, rows
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from modmoe.demo.run import MODEL
+    from modmoe.demo.main_job import MODEL
 
     # one with merges, so that a token can lie over the boundary
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from modmoe.cli.main import run as run_cli
-from modmoe.demo import run as demo
+from modmoe.demo import main_job as demo
 from modmoe.demo.corpus import DOMAINS
 
 LITTLE = demo.Effort(

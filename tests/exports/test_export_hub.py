@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from modmoe.errors import ExportError
 from modmoe.exports import hub
-from modmoe.formats.parcel import contents
+from modmoe.formats.pushed_files import contents
 from modmoe.storage.checkpoint import MANIFEST, CheckpointWriter
 
 TOKEN = "hf_abcdefghijklmnop"

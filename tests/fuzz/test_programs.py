@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modmoe import api
 from modmoe.analysis.text.encoding import encode_row
-from modmoe.diagnosis.run import doctor
+from modmoe.diagnosis.doctor import doctor
 from modmoe.exports import hub
 from modmoe.models.loading import load_tokenizer
 from modmoe.models.tokenizer_files import try_tokenizer

@@ -246,7 +246,7 @@ def test_nothing_is_left_on_the_meta_device(dense):
 def test_a_name_that_no_file_can_have_is_not_there(tmp_path: Path, name: str) -> None:
     """Such names stand in strangers' configurations, and on command lines where a variable was empty."""
     from modmoe import api
-    from modmoe.diagnosis.run import doctor
+    from modmoe.diagnosis.doctor import doctor
     from modmoe.exports.hub import push
     from modmoe.storage.checkpoint import local_base
 

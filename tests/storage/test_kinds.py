@@ -20,7 +20,7 @@ from modmoe.models.families import FAMILIES
 from modmoe.models.ffn_layout import check_ffns
 from modmoe.models.loading import load, load_tokenizer
 from modmoe.storage.checkpoint import INDEX, SINGLE, Checkpoint
-from modmoe.storage.kinds.check import check_source
+from modmoe.storage.kinds.faults import check_source
 from modmoe.storage.kinds.names import find_prefix, wrapper_of
 from modmoe.storage.staging import open_output
 from tests.support import moes, tiny

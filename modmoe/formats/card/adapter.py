@@ -8,7 +8,7 @@ from typing import Any
 
 from modmoe.formats.card.converted import escape, load_lines, proof_lines, result_lines, save, table
 from modmoe.formats.card.head import head, results_of
-from modmoe.formats.parcel import PLACEHOLDER, hub_id
+from modmoe.formats.pushed_files import PLACEHOLDER, hub_id
 from modmoe.models.inspection import inspect
 from modmoe.storage.checkpoint import ADAPTER_CONFIG, read_config
 

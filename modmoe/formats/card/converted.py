@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from modmoe.formats.card.head import head, results_of
 from modmoe.formats.card.plot import PLOT, draw_experts
 from modmoe.formats.dense import source_of
-from modmoe.formats.parcel import CARD, PLACEHOLDER, hub_id
+from modmoe.formats.pushed_files import CARD, PLACEHOLDER, hub_id
 from modmoe.models.counts import read_experts
 from modmoe.models.inspection import inspect
 from modmoe.models.loading import is_tied

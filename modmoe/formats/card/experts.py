@@ -8,7 +8,7 @@ from typing import Any
 
 from modmoe.formats.card.converted import escape, load_lines, save, table
 from modmoe.formats.card.head import head
-from modmoe.formats.parcel import hub_id
+from modmoe.formats.pushed_files import hub_id
 
 _HOW = {
     "prune": "Of each layer's {before} experts, the {after} of the highest score ({score}) are left.",

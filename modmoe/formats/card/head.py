@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
-from modmoe.formats.parcel import CARD, RECIPES, hub_id
+from modmoe.formats.pushed_files import CARD, RECIPES, hub_id
 from modmoe.storage.documents import YamlError, parse_yaml
 
 RESULTS = "modmoe_eval.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from modmoe.formats.card.converted import escape, load_lines, save, table
 from modmoe.formats.card.head import head
-from modmoe.formats.parcel import hub_id
+from modmoe.formats.pushed_files import hub_id
 
 
 def write_upcycled_card(directory: Path, result: Mapping[str, Any], source: Path, named: str | None) -> None:

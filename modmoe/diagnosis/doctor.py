@@ -17,7 +17,7 @@ from modmoe.errors import CheckpointError
 from modmoe.models.loading import is_tied_type
 from modmoe.storage.checkpoint import ADAPTER_CONFIG, is_adapter
 from modmoe.storage.documents import check_files
-from modmoe.storage.kinds.check import find_problems
+from modmoe.storage.kinds.faults import find_problems
 from modmoe.storage.kinds.forms import find_lack, find_pointers
 
 

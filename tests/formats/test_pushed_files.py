@@ -14,7 +14,7 @@ from modmoe.cli import main
 from modmoe.errors import ExportError
 from modmoe.exports import hub
 from modmoe.formats.credentials import find_credential
-from modmoe.formats.parcel import contents
+from modmoe.formats.pushed_files import contents
 from tests.support import tiny
 
 # put together here, so that no one who looks for credentials finds this file
