@@ -8,7 +8,6 @@ https://huggingface.co/docs/huggingface_hub/guides/upload
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -39,7 +38,7 @@ from modmoe.storage.checkpoint import (
     is_adapter,
     tensor_sha256,
 )
-from modmoe.storage.documents import check_files
+from modmoe.storage.documents import check_files, read_object
 
 TIMEOUT_S = 120.0
 """The longest that the Hub may say nothing within one request; its client would wait for ever."""
@@ -327,7 +326,7 @@ def _check_whole(path: Path) -> None:
     if not manifest.is_file():
         return
     try:
-        sums = {name: entry["sha256"] for name, entry in json.loads(manifest.read_text("utf-8"))["tensors"].items()}
+        sums = {name: entry["sha256"] for name, entry in read_object(manifest)["tensors"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(str(manifest), "is damaged", "export again") from error
     if sums.keys() != set(checkpoint):

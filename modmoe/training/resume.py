@@ -15,6 +15,7 @@ from modmoe.errors import RecipeError
 from modmoe.recipe.schema import Recipe
 from modmoe.runtime.preflight import STATES
 from modmoe.storage.checkpoint import write_json
+from modmoe.storage.documents import read_object
 from modmoe.storage.files import target_of
 from modmoe.storage.seal import MARK, clear, empty, is_marked
 from modmoe.storage.staging import put_in_place
@@ -59,7 +60,7 @@ def start_run(states: Path, run: dict[str, Any]) -> None:
 def check_run(states: Path, run: dict[str, Any]) -> None:
     """Raise RecipeError that names the first key in which ``run`` differs from the run that left ``states``."""
     try:
-        before = json.loads((states / RECORD).read_text(encoding="utf-8"))
+        before = read_object(states / RECORD)
     except (OSError, ValueError) as error:
         raise RecipeError(str(states / RECORD), "cannot be read", "start anew without --resume") from error
     # as JSON has it, so that a tuple is a list and a float the float that was written
@@ -139,7 +140,7 @@ def disk_bytes(model: torch.nn.Module, recipe: Recipe, is_whole: bool, num_found
 
 def _is_whole(state: Path) -> bool:
     try:
-        step = json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        step = read_object(state / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(step == step_of(state))

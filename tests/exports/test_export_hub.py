@@ -102,6 +102,9 @@ def test_only_a_whole_checkpoint_is_pushed(whole, tmp_path):
     del manifest["tensors"]["weight1"]
     (whole / MANIFEST).write_text(json.dumps(manifest))
     refused("not in both")
+    for damaged in ("{", "[" * 100_000, '{"tensors": {}, "tensors": {}}'):
+        (whole / MANIFEST).write_text(damaged)
+        refused("is damaged; export again")
     (whole / MANIFEST).write_text("[]")
     refused("damaged")
     (whole / MANIFEST).unlink()

@@ -299,14 +299,15 @@ def test_a_resumed_run_is_the_unbroken_one(
         assert resumed[key] == whole[key]
 
 
-def test_a_state_cut_short_is_passed_over(room: Path, tmp_path: Path, tasks: dict[str, str]) -> None:
+@pytest.mark.parametrize("left", ["", "[" * 100_000], ids=["empty", "deep"])
+def test_a_state_cut_short_is_passed_over(room: Path, tmp_path: Path, tasks: dict[str, str], left: str) -> None:
     values = {"max_steps": 5, "save_steps": 2}
     run(room, tmp_path / "whole", "token", tasks, **values)
     with pytest.raises(RuntimeError):
         run(room, tmp_path / "out", "token", tasks, progress=stop_at(5, RuntimeError), **values)
     states = tmp_path / "out.states"
     assert {path.name for path in states.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    (states / "checkpoint-4" / "trainer_state.json").unlink()
+    (states / "checkpoint-4" / "trainer_state.json").write_text(left)
     run(room, tmp_path / "out", "token", tasks, resume=True, **values)
     assert not changed(tmp_path / "whole", tmp_path / "out")
 
