@@ -19,8 +19,6 @@ from modmoe.errors import visible
 if TYPE_CHECKING:
     from rich.text import Text
 
-_BY_LAYER = ("routers",)
-"""Lists of a result that have one item a layer, which a table numbers."""
 _READ = ("read", "read_eval")
 _LONG = 40
 """Characters beyond which a cell of a table is text, which may be cut where a terminal is narrow."""
@@ -178,8 +176,7 @@ def show(result: Mapping[str, Any], title: str, stream: IO[str]) -> None:
         elif isinstance(value, Mapping):
             values.extend((visible(f"{key}.{name}"), _words(f"{key}.{name}", item)) for name, item in value.items())
         elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
-            is_by_layer = key in _BY_LAYER and not any("layer" in item for item in value)
-            tables.append((key, [{"layer": n, **item} for n, item in enumerate(value)] if is_by_layer else list(value)))
+            tables.append((key, list(value)))
         else:
             values.append((visible(key), _words(key, value)))
     screen = terminal(stream)

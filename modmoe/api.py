@@ -91,9 +91,11 @@ def analyze(
     out = _output("analyze", output)
     check_places(out, overwrite=overwrite, report=report, inputs=recipe_inputs(resolved, source, recipe))
     from modmoe.analysis.run import analyze as run
+    from modmoe.analysis.source import with_num_modules
     from modmoe.conversion.modular.settled import count_clusters
     from modmoe.reports.report import write_report
 
+    resolved = with_num_modules(resolved, revision)
     return run(
         resolved,
         out,

@@ -20,7 +20,7 @@ from modmoe.analysis.passes.clusters import cluster_sequences
 from modmoe.analysis.passes.stream import Runner
 from modmoe.analysis.profile import ActivationProfile, profile_model, save_profiles
 from modmoe.analysis.score import module_scores
-from modmoe.analysis.source import Source, needs_gradients, open_source
+from modmoe.analysis.source import Source, core_modules, needs_gradients, open_source, with_num_modules
 from modmoe.analysis.text.calibration import Batch, token_batches, warn_of_length
 from modmoe.analysis.text.reading import Reading, summaries, tell
 from modmoe.analysis.text.rows import TaskRows
@@ -106,7 +106,7 @@ def analyze_source(
     ffns = LazyFFNs(source.checkpoint, source.family, source.num_layers)
     layers = [layer for layer in range(source.num_layers) if ranks.is_mine(layer)]
     cuts = cut_layers(
-        with_core(find_partitioner(recipe.partition.method), recipe.partition.core_fraction),
+        with_core(find_partitioner(recipe.partition.method), core_modules(recipe)),
         lambda layer: (profiles[layer], ffns[layer]),
         layers,
         recipe.partition.num_modules,
@@ -202,6 +202,7 @@ def analyze(
     """
     progress = progress or silent
     check_output(output, overwrite=overwrite)
+    recipe = with_num_modules(recipe, revision)
     source = open_source(recipe, revision, progress)
     lowering = names_what_to_lower(recipe, "calibration", needs_whole_model=needs_gradients(recipe))
     with lowering, ranks.open_first_output(output, overwrite=overwrite) as partial_directory:

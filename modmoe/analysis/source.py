@@ -11,7 +11,7 @@ from modmoe.analysis.profile import reads_gradients
 from modmoe.analysis.score import NEURON_SCORES, SCORES
 from modmoe.analysis.text.calibration import load_task
 from modmoe.analysis.text.rows import TaskRows
-from modmoe.errors import CheckpointError, RecipeError, did_you_mean
+from modmoe.errors import CheckpointError, PartitionError, RecipeError, did_you_mean
 from modmoe.models.counts import tensor_bytes
 from modmoe.models.families import Family, family_of, layers_of, neurons_of
 from modmoe.models.ffn_layout import check_ffns
@@ -55,6 +55,40 @@ def needs_gradients(recipe: Recipe) -> bool:
     """Return whether the score or the partition of a recipe reads gradients, so that the whole model must be held."""
     score = NEURON_SCORES.get(recipe.assignment.score)
     return reads_gradients(find_partitioner(recipe.partition.method)) or (score is not None and reads_gradients(score))
+
+
+def active_modules(recipe: Recipe) -> int:
+    """Return how many modules an expert has: as many as the recipe says, else the fraction of all, at least one."""
+    assignment = recipe.assignment
+    return assignment.modules_per_expert or max(1, round(assignment.active_fraction * recipe.partition.num_modules))
+
+
+def core_modules(recipe: Recipe) -> int:
+    """Return how many modules are the core: a share of those that an expert has, of which one at least is left."""
+    active = active_modules(recipe)
+    return min(round(recipe.partition.core_fraction * active), active - 1)
+
+
+def with_num_modules(recipe: Recipe, revision: str | None = None) -> Recipe:
+    """Return the recipe with the number of modules that follows from the source and the neurons of a module.
+
+    PartitionError where these do not divide the neurons of an FFN; without ``partition.module_size`` the recipe stays.
+    """
+    size = recipe.partition.module_size
+    if size is None or recipe.source is None:
+        return recipe
+    model = OpenedModel.at(recipe.source, revision, trust_remote_code=recipe.trust_remote_code)
+    family = family_of(model.checkpoint.config, recipe.family, str(model.directory / "config.json"))
+    neurons = neurons_of(model.settings, family)
+    if neurons % size:
+        sizes = [number for number in range(1, neurons + 1) if neurons % number == 0]
+        nearest = [number for number in sizes if number < size][-1:] + [number for number in sizes if number > size][:1]
+        raise PartitionError(
+            "partition.module_size",
+            f"{size} does not divide the {neurons} neurons of an FFN",
+            f"nearest that do: {', '.join(map(str, nearest))}",
+        )
+    return replace(recipe, partition=replace(recipe.partition, num_modules=neurons // size, module_size=None))
 
 
 def open_source(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modmoe.analysis.source import needs_gradients
+from modmoe.analysis.source import needs_gradients, with_num_modules
 from modmoe.analysis.text.reading import summaries
 from modmoe.conversion.steps import Draft, Opened, Steps
 from modmoe.conversion.table import Conversion, find_conversion
@@ -63,7 +63,7 @@ def convert(
     progress, started_s = progress or silent, time.monotonic()
     with ranks.joined(), _names_what_to_lower(recipe, conversion):
         check_output(output, overwrite=overwrite)
-        recipe = steps.settle(recipe)
+        recipe = steps.settle(with_num_modules(recipe, revision))
         opened: Opened = steps.open(recipe, revision=revision, progress=progress, headers_only=dry_run)
         if dry_run:
             return {"dry_run": True, **steps.describe(recipe, opened)}

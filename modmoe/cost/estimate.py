@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modmoe.analysis.source import needs_gradients
+from modmoe.analysis.source import needs_gradients, with_num_modules
 from modmoe.conversion.attach_adapters import adapter_config, describe_adapter
 from modmoe.conversion.table import find_conversion
 from modmoe.cost.devices import DEVICES, Device, find_device
@@ -39,7 +39,7 @@ def add_estimate(
         RecipeError: there is no such device.
         CheckpointError: the source cannot be read.
     """
-    device = find_device(name or "auto")
+    device, recipe = find_device(name or "auto"), with_num_modules(recipe, revision)
     assert recipe.source is not None
     sizes = _sizes(recipe.source, recipe, revision)
     estimate: dict[str, Any] = {

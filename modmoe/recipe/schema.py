@@ -42,8 +42,10 @@ class PartitionRecipe:
     """A name in PARTITIONERS of modmoe.analysis.partitions.table, or the dotted path of a partitioner."""
     num_modules: int = 16
     """Modules of each FFN; must divide its neurons."""
+    module_size: int | None = None
+    """Neurons of each module, in place of ``num_modules``; must divide the neurons of an FFN."""
     core_fraction: float = 0.0
-    """Share of the modules that hold the neurons that matter most over all tasks; the method cuts the rest."""
+    """Share of an expert's modules that hold the neurons that matter most over all tasks; the method cuts the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,7 @@ class Recipe:
             "assignment.num_experts": self.assignment.num_experts,
             "assignment.modules_per_expert": self.assignment.modules_per_expert,
             "experts.num_experts": self.experts.num_experts,
+            "partition.module_size": self.partition.module_size,
             "adapter.budget": self.adapter.budget,
             "finetune.learning_rate": self.finetune.learning_rate,
         }
@@ -229,23 +232,9 @@ class Recipe:
                     f"than {_MOST_BATCH_TOKENS:,} tokens at once",
                     "choose fewer",
                 )
-        if not 0 <= self.partition.core_fraction < 1:
-            raise RecipeError(
-                "partition.core_fraction", f"{self.partition.core_fraction} is not at least 0 and below 1"
-            )
-        if not 0 < self.assignment.active_fraction <= 1:
-            raise RecipeError(
-                "assignment.active_fraction", f"{self.assignment.active_fraction} is not above 0 and at most 1"
-            )
+        self._check_shares()
         if self.assignment.shared_modules < 0:
             raise RecipeError("assignment.shared_modules", f"{self.assignment.shared_modules} is below 0")
-        for place, value in {
-            "finetune.distill_weight": self.finetune.distill_weight,
-            "finetune.warmup_fraction": self.finetune.warmup_fraction,
-            "upcycle.redrawn_fraction": self.upcycle.redrawn_fraction,
-        }.items():
-            if not 0 <= value <= 1:
-                raise RecipeError(place, f"{value} is not between 0 and 1")
         if self.finetune.balance_weight < 0:
             raise RecipeError("finetune.balance_weight", f"{self.finetune.balance_weight} is below 0")
         if not 0 <= self.seed < 2**31:
@@ -253,6 +242,20 @@ class Recipe:
         for name in self.tasks:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise RecipeError("tasks", f"'{name}' is no usable name", "use letters, digits, '_', '-' and '.'")
+
+    def _check_shares(self) -> None:
+        core, active = self.partition.core_fraction, self.assignment.active_fraction
+        if not 0 <= core < 1:
+            raise RecipeError("partition.core_fraction", f"{core} is not at least 0 and below 1")
+        if not 0 < active <= 1:
+            raise RecipeError("assignment.active_fraction", f"{active} is not above 0 and at most 1")
+        for place, value in {
+            "finetune.distill_weight": self.finetune.distill_weight,
+            "finetune.warmup_fraction": self.finetune.warmup_fraction,
+            "upcycle.redrawn_fraction": self.upcycle.redrawn_fraction,
+        }.items():
+            if not 0 <= value <= 1:
+                raise RecipeError(place, f"{value} is not between 0 and 1")
 
 
 _MOST = {

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from modmoe.analysis.balance import assign_balanced
-from modmoe.analysis.partitions.core import core_modules, with_core
+from modmoe.analysis.partitions.core import with_core
 from modmoe.analysis.partitions.kmeans import balanced_kmeans
 from modmoe.analysis.partitions.table import (
     PARTITIONERS,
@@ -27,8 +27,10 @@ from modmoe.analysis.partitions.table import (
     save_partitions,
 )
 from modmoe.analysis.profile import ActivationProfile, reads_gradients
+from modmoe.analysis.source import core_modules
 from modmoe.errors import CheckpointError, PartitionError, RecipeError
 from modmoe.models.ffn_layout import FFNWeights
+from modmoe.recipe.schema import make_recipe
 
 
 def planted(neurons: int, num_modules: int, width: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -175,7 +177,7 @@ def test_the_core_holds_what_matters_most_and_the_rest_is_cut_as_alone(method: s
     profile, weights = layer_of(rows_SF, up_FD)
     profile = replace(profile, square_PF=rows_SF.double().square().sum(0, keepdim=True))
     partitioner = find_partitioner(method)
-    partition = with_core(partitioner, 0.25)(profile, weights, 8, 5)
+    partition = with_core(partitioner, 2)(profile, weights, 8, 5)
     # the loop that anyone can read: root mean square of each neuron, times the length of its column
     tokens = int(profile.tokens_P.sum())
     score = [
@@ -188,16 +190,19 @@ def test_the_core_holds_what_matters_most_and_the_rest_is_cut_as_alone(method: s
     rest = torch.tensor(sorted(order[6:]))
     alone = partitioner(profile.take(rest), weights.take(rest), 6, 5)
     assert torch.equal(partition.module_F[rest], 2 + alone.module_F)
-    assert with_core(partitioner, 0.0) is partitioner
+    assert with_core(partitioner, 0) is partitioner
 
 
 def test_a_core_leaves_modules_to_choose_from() -> None:
-    assert [core_modules(share, 8) for share in (0.0, 0.1, 0.25, 0.5, 0.99)] == [0, 1, 2, 4, 7]
+    shares = (0.0, 0.1, 0.25, 0.5, 0.99)
+    recipes = [make_recipe({"partition.num_modules": 16, "partition.core_fraction": share}) for share in shares]
+    assert [core_modules(recipe) for recipe in recipes] == [0, 1, 2, 4, 7]
+    assert core_modules(make_recipe({"partition.core_fraction": 0.5, "assignment.modules_per_expert": 6})) == 3
 
 
 def test_a_partition_by_gradients_stays_one_behind_a_core() -> None:
-    assert reads_gradients(with_core(find_partitioner("gradient"), 0.5))
-    assert not reads_gradients(with_core(find_partitioner("kmeans"), 0.5))
+    assert reads_gradients(with_core(find_partitioner("gradient"), 1))
+    assert not reads_gradients(with_core(find_partitioner("kmeans"), 1))
 
 
 def test_a_partition_knows_its_permutation() -> None:

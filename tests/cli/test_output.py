@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from modmoe import api
-from modmoe.cli.console import Console, show, size_words
+from modmoe.cli.console import Console, size_words
 from modmoe.cli.main import run
 
 
@@ -260,10 +259,3 @@ def test_warnings_of_modmoe_are_shown_and_those_of_libraries_are_not(capsys: pyt
 )
 def test_sizes_as_people_read_them(size_bytes: float, words: str) -> None:
     assert size_words(size_bytes) == words
-
-
-def test_a_table_of_routers_numbers_its_layers() -> None:
-    stream = io.StringIO()
-    show({"routers": [{"agreement": 0.83, "chance": 0.62}, {"agreement": 0.7, "chance": 0.5}]}, "", stream)
-    lines = [line.split() for line in stream.getvalue().splitlines() if line.strip()]
-    assert lines == [["routers"], ["layer", "agreement", "chance"], ["0", "0.83", "0.62"], ["1", "0.7", "0.5"]]

@@ -17,11 +17,11 @@ from modmoe.conversion.driver import convert
 from modmoe.conversion.modular import layerwise
 from modmoe.conversion.modular.layerwise import LayerFit, Rows, coefficients_TM
 from modmoe.conversion.modular.ridge import RidgeSums
-from modmoe.errors import ModmoeError, RecipeError
+from modmoe.errors import ModmoeError, PartitionError, RecipeError
 from modmoe.models.families import FAMILIES
 from modmoe.models.ffn_layout import FFNWeights
 from modmoe.models.loading import load
-from modmoe.recipe.schema import Recipe, make_recipe
+from modmoe.recipe.schema import Recipe, load_recipe, make_recipe
 from modmoe.storage.checkpoint import Checkpoint
 from tests.support.tiny import save_dense, write_tasks
 
@@ -211,7 +211,7 @@ def test_a_ridge_router_is_fitted_to_every_token_that_is_not_judged_by() -> None
 
 def test_experts_share_the_core_and_a_ridge_router_chooses_the_others(tmp_path: Path, seen: dict[str, Any]) -> None:
     values = {"assignment.method": "modules", "assignment.shared_modules": 0, "router.start": "ridge"}
-    recipe = settings(tmp_path, "llama", **values, **{"partition.core_fraction": 0.25})
+    recipe = settings(tmp_path, "llama", **values, **{"partition.core_fraction": 0.5})
     result = convert(recipe, str(tmp_path / "out"))
     assert result["verified"]["max_abs_logit_diff_all_on"] <= 1e-8
     for fit in seen["fits"]:
@@ -230,3 +230,17 @@ def test_experts_share_the_core_and_a_ridge_router_chooses_the_others(tmp_path: 
 def test_a_ridge_router_is_for_modules(tmp_path: Path, values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"^router.start: ridge is for assignment 'modules' and a linear router"):
         convert(settings(tmp_path, "llama", **values, **{"router.start": "ridge"}), str(tmp_path / "out"))
+
+
+def test_the_size_of_a_module_stands_for_their_number(tmp_path: Path) -> None:
+    values = {"assignment.method": "modules", "assignment.shared_modules": 0, "router.compensation": False}
+    by_number = convert(settings(tmp_path, "llama", **values, **{"partition.num_modules": 12}), str(tmp_path / "a"))
+    recipe = settings(tmp_path, "llama", **values, **{"partition.module_size": by_number["module_size"]})
+    by_size = convert(recipe, str(tmp_path / "b"))
+    assert by_number["num_modules"] == by_size["num_modules"] == 12
+    tensors = [Checkpoint(tmp_path / name) for name in "ab"]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    record = load_recipe(tmp_path / "b" / "modmoe.yaml")
+    assert (record.partition.num_modules, record.partition.module_size) == (12, None)
+    with pytest.raises(PartitionError, match=r"^partition.module_size: 7 does not divide the 48 neurons .*: 6, 8\.$"):
+        convert(settings(tmp_path, "llama", **values, **{"partition.module_size": 7}), str(tmp_path / "c"))

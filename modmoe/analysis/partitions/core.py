@@ -21,11 +21,6 @@ from modmoe.analysis.profile import ActivationProfile, reads_gradients, with_gra
 from modmoe.models.ffn_layout import FFNWeights
 
 
-def core_modules(core_fraction: float, num_modules: int) -> int:
-    """Return how many of the modules are the core; one is left for the rest."""
-    return min(round(core_fraction * num_modules), num_modules - 1)
-
-
 def importance(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     """Return importance_F, float64, over the tokens of all tasks together."""
     square_F = profile.square_PF.sum(0) / profile.tokens_P.sum().clamp_min(1)
@@ -33,25 +28,25 @@ def importance(profile: ActivationProfile, weights: FFNWeights) -> Tensor:
     return importance_F
 
 
-def with_core(partitioner: Partitioner, core_fraction: float) -> Partitioner:
+def with_core(partitioner: Partitioner, core_modules: int) -> Partitioner:
     """Return a partitioner whose first modules are the core, and whose other modules ``partitioner`` cuts.
 
     Args:
         partitioner: cuts the neurons that are not in the core.
-        core_fraction: share of the modules, 0 to 1; 0 returns ``partitioner`` itself.
+        core_modules: how many modules are the core, fewer than there are; 0 returns ``partitioner`` itself.
     """
-    if not core_fraction:
+    if not core_modules:
         return partitioner
 
     def cut(profile: ActivationProfile, weights: FFNWeights, num_modules: int, seed: int) -> Partition:
         check_num_modules(profile.num_neurons, num_modules)
-        core = core_modules(core_fraction, num_modules)
         size = profile.num_neurons // num_modules
         order_F = importance(profile, weights).sort(descending=True, stable=True).indices
-        rest = order_F[core * size :].sort().values
+        rest = order_F[core_modules * size :].sort().values
         module_F = torch.empty(profile.num_neurons, dtype=torch.int64)
-        module_F[order_F[: core * size]] = torch.arange(core * size) // size
-        module_F[rest] = core + partitioner(profile.take(rest), weights.take(rest), num_modules - core, seed).module_F
+        module_F[order_F[: core_modules * size]] = torch.arange(core_modules * size) // size
+        others = partitioner(profile.take(rest), weights.take(rest), num_modules - core_modules, seed)
+        module_F[rest] = core_modules + others.module_F
         return Partition(module_F, num_modules)
 
     return with_gradients(cut) if reads_gradients(partitioner) else cut

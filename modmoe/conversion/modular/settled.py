@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from modmoe.analysis.partitions.core import core_modules
 from modmoe.analysis.partitions.table import find_partitioner
 from modmoe.analysis.passes.by_layer import fits
 from modmoe.analysis.profile import reads_gradients
+from modmoe.analysis.source import active_modules, core_modules
 from modmoe.conversion.modular.assignments import find_assignment
 from modmoe.conversion.modular.layerwise import KEPT_ROWS
 from modmoe.conversion.splits.table import settle_split
@@ -20,13 +20,13 @@ from modmoe.recipe.schema import Recipe
 def settle(recipe: Recipe) -> Recipe:
     """Return the recipe with what follows from it: experts share the core, and so many modules are chosen."""
     recipe = settle_split(recipe)
-    core = core_modules(recipe.partition.core_fraction, recipe.partition.num_modules)
+    core = core_modules(recipe)
     if core and not recipe.assignment.shared_modules:
         recipe = replace(recipe, assignment=replace(recipe.assignment, shared_modules=core))
     assignment = recipe.assignment
     if not find_assignment(assignment.method).is_by_module:
         return recipe
-    active = assignment.modules_per_expert or _modules_of_fraction(recipe)
+    active = active_modules(recipe)
     top_k = active - assignment.shared_modules
     if top_k < 1:
         raise PartitionError(
@@ -107,11 +107,7 @@ def modules_per_expert(recipe: Recipe) -> int:
     """Return the modules of an expert: as asked, else the fraction of all, at least one."""
     if find_assignment(recipe.assignment.method).is_by_module:
         return recipe.assignment.shared_modules + 1
-    return recipe.assignment.modules_per_expert or _modules_of_fraction(recipe)
-
-
-def _modules_of_fraction(recipe: Recipe) -> int:
-    return max(1, round(recipe.assignment.active_fraction * recipe.partition.num_modules))
+    return active_modules(recipe)
 
 
 def fits_layerwise(recipe: Recipe) -> bool:

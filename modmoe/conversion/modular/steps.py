@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from modmoe.analysis.partitions.core import core_modules
 from modmoe.analysis.passes.by_layer import ByLayer
 from modmoe.analysis.run import Analysis, analyze_source, save_analysis, tokens_by_task
 from modmoe.analysis.score import module_scores
-from modmoe.analysis.source import Source, open_source
+from modmoe.analysis.source import Source, core_modules, open_source
 from modmoe.conversion.modular.assignment import Assignment
 from modmoe.conversion.modular.assignments import find_assignment
 from modmoe.conversion.modular.layerwise import FitOptions, LayerFit, fit_layers
@@ -71,7 +70,12 @@ def make(recipe: Recipe, source: Source, directory: Path, progress: Progress) ->
         plan=plan,
         write=write,
         prove=lambda output: verify_all_on(output, analysis, fits, report=partial(progress, "verifying, models")),
-        facts={"routers": [{"agreement": fit.start.agreement, "chance": fit.start.chance} for fit in fits]},
+        facts={
+            "routers": [
+                {"layer": layer, "agreement": fit.start.agreement, "chance": fit.start.chance}
+                for layer, fit in enumerate(fits)
+            ]
+        },
         readings=analysis.readings,
         report=report,
     )
@@ -106,7 +110,7 @@ def _fit_layerwise(recipe: Recipe, analysis: Analysis, scratch: Path, progress: 
             num_experts=count_experts(recipe),
             modules_per_expert=modules_per_expert(recipe),
             shared_modules=recipe.assignment.shared_modules,
-            core_modules=core_modules(recipe.partition.core_fraction, recipe.partition.num_modules),
+            core_modules=core_modules(recipe),
             coverage=recipe.assignment.coverage,
             seed=recipe.seed,
         )
