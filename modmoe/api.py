@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,7 @@ from modmoe.runtime.preflight import check_places, check_there, input_words, nee
 
 if TYPE_CHECKING:
     from modmoe.recipe.schema import Recipe
-
-Progress = Callable[..., None]
-"""Called with a message and, where they are known, what is done and what there is in all.
-
-What is counted stands behind the message's last comma: ``progress("writing, bytes", 10**6, 10**9)``.
-"""
+    from modmoe.runtime.progress import Progress
 
 
 def resolve_recipe(

@@ -20,7 +20,7 @@ loaded by anything else, and neither is built.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -223,7 +223,7 @@ def refit_layer(
     tokens: int,
     *,
     has_bias: bool,
-    progress: Any = None,
+    progress: Callable[[int], None] | None = None,
 ) -> PrunedFFN:
     """Return one layer with ``down`` by least squares on the neurons kept, and with ``has_bias`` the bias too."""
     width, count = len(weights.down_DF), len(kept_N)

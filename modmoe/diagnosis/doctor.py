@@ -15,13 +15,14 @@ from modmoe.diagnosis.findings import Findings
 from modmoe.diagnosis.modular import check_modular
 from modmoe.errors import CheckpointError
 from modmoe.models.loading import is_tied_type
+from modmoe.runtime.progress import Progress
 from modmoe.storage.checkpoint import ADAPTER_CONFIG, is_adapter
 from modmoe.storage.documents import check_files
 from modmoe.storage.kinds.faults import find_problems
 from modmoe.storage.kinds.forms import find_lack, find_pointers
 
 
-def doctor(directory: str | Path, *, progress: Callable[..., None] | None = None) -> dict[str, Any]:
+def doctor(directory: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Check a checkpoint or an adapter against its manifest and its configuration; read all of it, change nothing.
 
     One tensor is in memory at a time for each thread, and no code of the checkpoint is executed, whatever it is.

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 
 from modmoe.errors import CheckpointError, ExportError, hide_secrets
 from modmoe.formats.pushed_files import CARD, Contents, contents, left_out, list_files, warnings_of
+from modmoe.runtime.progress import Progress
 from modmoe.storage.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -64,7 +65,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Upload a checkpoint to ``repo`` on the Hub, which is made if it is not there; the directory is left unchanged.
 

@@ -8,7 +8,10 @@ from typing import Any
 from modmoe.runtime import ranks
 
 Progress = Callable[..., None]
-"""Called with a message and, where they are known, what is done and what there is in all."""
+"""Called with a message and, where they are known, what is done and what there is in all.
+
+What is counted stands behind the message's last comma: ``progress("writing, bytes", 10**6, 10**9)``.
+"""
 
 
 def silent(*_: Any) -> None:

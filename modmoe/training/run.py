@@ -33,7 +33,7 @@ from modmoe.runtime import ranks
 from modmoe.runtime.launch import check_precision
 from modmoe.runtime.memory import names_what_to_lower
 from modmoe.runtime.preflight import check_states
-from modmoe.runtime.progress import silent
+from modmoe.runtime.progress import Progress, silent
 from modmoe.storage.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -66,7 +66,7 @@ def finetune(
     eval_tasks: dict[str, str],
     resume: bool,
     overwrite: bool,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a checkpoint on the recipe's tasks and write one of the same form, whole or not at all.
 
@@ -138,7 +138,13 @@ class _Subject:
 
 
 def _run(
-    source: Path, partial: Path, states: Path, recipe: Recipe, eval_tasks: dict[str, str], resume: bool, progress: Any
+    source: Path,
+    partial: Path,
+    states: Path,
+    recipe: Recipe,
+    eval_tasks: dict[str, str],
+    resume: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     recipe = _settle(source, recipe)
     progress("loading")
@@ -252,7 +258,7 @@ def _state_to_go_on_from(states: Path, description: dict[str, Any], resume: bool
 
 
 def _trainer_of(
-    subject: _Subject, dataset: Dataset, recipe: Recipe, states: Path, device: torch.device, progress: Any
+    subject: _Subject, dataset: Dataset, recipe: Recipe, states: Path, device: torch.device, progress: Progress
 ) -> Any:
     rows, width = subject.model.get_input_embeddings().weight.shape
     return ModularTrainer(
@@ -372,7 +378,7 @@ def _losses(
     tokenizer: Any,
     tasks: dict[str, str],
     recipe: Recipe,
-    progress: Any,
+    progress: Progress,
     readings: dict[str, Reading] | None = None,
 ) -> dict[str, float]:
     found = evaluate_model(

@@ -26,6 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from modmoe.errors import CheckpointError, RecipeError, reason_of
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.recipe.schema import FinetuneRecipe
+from modmoe.runtime.progress import Progress
 from modmoe.storage.seal import empty
 from modmoe.training.curves import Curves
 from modmoe.training.data import IGNORED
@@ -245,7 +246,7 @@ class WholeRun(Sampler[int]):
 class Report(TrainerCallback):
     """Tells the caller how far training is, and logs the losses."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Progress) -> None:
         """Call ``progress(message, done, total)`` after each step."""
         self.progress = progress
         self._since: tuple[float, int] | None = None

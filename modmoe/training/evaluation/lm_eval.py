@@ -25,6 +25,7 @@ from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.models.loading import check_models, load, load_tokenizer
 from modmoe.models.tokenizer_files import REMEDY, files_of
 from modmoe.runtime import ranks
+from modmoe.runtime.progress import Progress
 from modmoe.storage.bounded import ask_in_bounds
 from modmoe.storage.documents import check_tree
 from modmoe.training.evaluation.task_loss import expert_of, reading
@@ -44,7 +45,7 @@ def evaluate_harness(
     trust_remote_code: bool = False,
     expert: str | None = None,
     seed: int | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks on a checkpoint, as ``modmoe eval --harness --json`` prints it.
 

@@ -24,6 +24,7 @@ from modmoe.errors import CheckpointError, RecipeError, did_you_mean
 from modmoe.modeling.modeling_modmoe import ModularMixin
 from modmoe.models.loading import check_models, load, load_tokenizer
 from modmoe.runtime import ranks
+from modmoe.runtime.progress import Progress
 from modmoe.training.data import IGNORED, Collator
 from modmoe.training.losses import token_losses
 
@@ -41,7 +42,7 @@ def evaluate(
     trust_remote_code: bool = False,
     expert: str | None = None,
     seed: int = 0,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on each task's text, as ``modmoe eval --json`` prints it.
 
@@ -97,7 +98,7 @@ def evaluate_model(
     batch_size: int = 8,
     expert: str | None = None,
     seed: int = 0,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
     readings: dict[str, Reading] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure a model in memory on each task's text; it is left as it was.
