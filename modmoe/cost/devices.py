@@ -1,7 +1,7 @@
-"""What devices can do, as their vendors print it: the table behind ``--estimate-for``.
+"""The rates of devices as their vendors publish them: the table behind ``--estimate-for``.
 
-Rates are dense (without structured sparsity) and with sums in float32, as torch computes. Where a vendor prints the
-sparse rate alone, it is halved.
+Rates are dense (without structured sparsity) and with sums in float32, as torch computes. Where a vendor publishes
+only the sparse rate, it is halved.
 
     A100    https://www.nvidia.com/en-us/data-center/a100/
     H100    https://www.nvidia.com/en-us/data-center/h100/
@@ -12,7 +12,7 @@ sparse rate alone, it is halved.
     RTX 30  https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf; of the 3060,
             https://www.nvidia.com/en-us/geforce/graphics-cards/30-series/rtx-3060-3060ti/, from its cores and clock
     RTX 40  https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
-    M2      https://support.apple.com/en-us/111869 has memory and bandwidth; its rates are this package's guess
+    M2      https://support.apple.com/en-us/111869 has memory and bandwidth; its rates are estimates of this package
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import torch
 from modmoe.errors import RecipeError, did_you_mean
 
 _CPU_BANDWIDTH = 2e10
-"""Bytes a second of two channels of DDR4, about; of a CPU that is not in the table it is not measured."""
+"""Bytes a second of two channels of DDR4, roughly; the bandwidth of a CPU is not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device; where it is a GPU, the machine it is in has ``cores`` too."""
+    """One device; for a GPU ``cores`` are those of its machine."""
 
     name: str
-    """As it is asked for."""
+    """Its name on the command line."""
     memory_bytes: int
-    """Of the device; of a CPU what can be had of the machine's."""
+    """Memory of the device; for a CPU the machine's free memory."""
     bandwidth: float
     """Bytes a second of its memory."""
     bfloat16_flops: float
@@ -46,7 +46,7 @@ class Device:
     link: float | None = None
     """Bytes a second between host and device in one direction; None is a CPU, which has no other memory."""
     cores: int = 8
-    """CPU cores; of machines with a GPU an assumption."""
+    """CPU cores; an assumption for machines with a GPU."""
     core_flops: float = 5e10
     """float32 operations a second of one core."""
 

@@ -1,4 +1,4 @@
-"""What a recipe's steps are about to need on a named device, whether they fit, and what to change where they do not."""
+"""Memory and time that a recipe's steps need on a device, whether they fit, and what to change where they do not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_estimate(
 ) -> dict[str, Any]:
     """Return a conversion's plan with ``device`` and ``estimate``: what it needs, and the training behind it.
 
-    Training is there where the recipe says anything of it.
+    Training is estimated where the recipe sets any of its keys.
 
     Args:
         plan: what a dry run returned.
@@ -107,7 +107,7 @@ def sizes_after(recipe: Recipe, sizes: Sizes, plan: Mapping[str, Any]) -> Sizes:
     """Return the sizes of the model that a conversion writes: at their most, since the overlap is not known yet."""
     counts = plan["parameters"]
     stored = counts.get("stored_at_most", counts.get("stored", sizes.parameters))
-    body = sizes.body  # of a mixture, what a token has chosen stays
+    body = sizes.body  # a mixture keeps what a token computes with
     keeps = find_conversion(recipe.method).body
     if keeps == "active":
         body += counts["active"] - sizes.parameters
@@ -120,7 +120,7 @@ def sizes_after(recipe: Recipe, sizes: Sizes, plan: Mapping[str, Any]) -> Sizes:
 
 
 def count_trainable(recipe: Recipe, sizes: Sizes, plan: Mapping[str, Any]) -> int:
-    """Return the parameters that learn when what a plan makes is trained; a LoRA's are on the FFNs' three matrices."""
+    """Return the trainable parameters of the model that a plan writes; a LoRA is on the FFNs' three matrices."""
     train, experts = recipe.finetune.train, int(plan.get("num_experts", 0))
     if train == "full":
         return sizes.parameters

@@ -1,6 +1,6 @@
-"""About what a conversion and the training behind it need on a device: memory, and time as a range.
+"""Estimates of the memory and the time, as a range, that a conversion and its training need on a device.
 
-Arithmetic on sizes, from config.json alone. What is counted follows what the steps do: a pass over the text profiles
+Arithmetic on sizes from config.json alone. It follows the steps: a pass over the text profiles
 the model, one more starts routers, and where experts are chosen layer after layer there are two or three more; k-means
 runs on the CPU; the proof holds a float64 copy up to 200 M parameters, then a float32 one. Training holds weights in
 float32, with bfloat16 products on a GPU, gradients and two moments of Adam for what learns, and the activations of one
@@ -33,17 +33,17 @@ from modmoe.models.counts import routed_of
 from modmoe.recipe.schema import FinetuneRecipe, Recipe
 
 SHARE_OF_PEAK = {True: (0.5, 1.0), False: (0.2, 0.5)}
-"""Least and most of a device's rate that is reached: of a CPU's, which is measured, and of what a vendor prints."""
+"""The least and the most of a rate that is reached: of a CPU's measured one, and of a vendor's published one."""
 READ_RATE = (3e8, 2e9)
 """Bytes a second of a disk, the least and the most."""
 WRITE_RATE = (3e8, 1e9)
 """Bytes a second of the writing, its SHA-256 included (benchmarks/results/convert.md)."""
 START_S = (8.0, 25.0)
-"""Seconds until libraries are imported, and all else that does not grow with the model."""
+"""Seconds for imports and everything else that does not grow with the model."""
 LAYER_S = (1e-3, 5e-3)
 """Seconds of a layer and batch that pass outside of products."""
 PROCESS_BYTES = {"convert": 390 << 20, "finetune": 450 << 20}
-"""Anonymous memory of a process with its libraries and a model of no size; measured."""
+"""Measured anonymous memory of a process with its libraries and a tiny model."""
 CONTEXT_BYTES = 500 << 20
 """GPU memory that CUDA takes for itself."""
 _SKETCH_ROWS = 256
@@ -52,7 +52,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.\d+\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What of a model counts."""
+    """The sizes of a model that count."""
 
     parameters: int
     """All; embeddings that are tied count once."""
@@ -103,7 +103,7 @@ class Need:
         self.high_s[bound] = self.high_s.get(bound, 0.0) + high_s
 
     def move(self, num_bytes: float, rates: tuple[float, float]) -> None:
-        """Add what a disk reads or writes."""
+        """Add bytes that a disk reads or writes."""
         self.take("disk", num_bytes / rates[1], num_bytes / rates[0])
 
     def run(self, device: Device, flops: float, moved_bytes: float, dtype_bytes: int) -> None:

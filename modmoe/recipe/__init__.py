@@ -1,1 +1,1 @@
-"""Recipes: what a run is told, from YAML or flags, checked before anything is done."""
+"""Recipes: the settings of a run, from YAML or flags, checked before anything is done."""

@@ -1,4 +1,4 @@
-"""What a recipe names by its dotted path: a function or a row of one's own, in a file that is imported for it."""
+"""Code that a recipe names by its dotted path: a user's own function or row, whose file is imported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def object_at(path: str, place: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # the file is a program, and may end as it likes
+    except (Exception, SystemExit) as error:  # importing runs the file, which may raise anything or exit
         problem = f"'{path}' cannot be imported: {reason_of(error)}"
         raise RecipeError(place, problem, "name package.file.function") from error

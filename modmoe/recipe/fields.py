@@ -1,4 +1,4 @@
-"""Plain values become dataclasses: what a YAML file says is fitted to each field's type, and nothing is guessed."""
+"""Plain values become dataclasses: each value of a YAML file has to be of its field's type, and nothing is guessed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal, Union
 from modmoe.errors import RecipeError, did_you_mean
 
 _LARGEST = 2**53
-"""Of whole numbers: beyond it a float no longer holds each of them."""
+"""The largest whole number up to which a float holds every whole number exactly."""
 
 
 def build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
-    """Return a dataclass whose fields are ``values``, each of the type that the field has, and those of inner ones.
+    """Return a dataclass whose fields are ``values``, checked against the fields' types, inner dataclasses included.
 
-    Raises RecipeError, which begins with ``place`` and the key, for an unknown key or a value of another type.
+    Raises RecipeError at ``place`` and the key for an unknown key or a value of another type.
     """
     hints = typing.get_type_hints(cls)
     known = {item.name for item in dataclasses.fields(cls)}
@@ -30,10 +30,10 @@ def build(cls: type[Any], values: Mapping[str, Any], place: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return how a value is written, cut short."""
+    """Return a value as text, shortened."""
     try:
         return f"{value!r:.80}"
-    except ValueError:  # of a number of thousands of digits
+    except ValueError:  # a number may have thousands of digits
         return f"this {type(value).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""What each step can be told by keyword or flag, and the place in the recipe that it sets."""
+"""The keywords and flags of each step, and the place in the recipe that each of them sets."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ KEYWORDS: dict[str, dict[str, str]] = {
     "convert": {**_COMMON, **_CALIBRATION, **_CONVERSION, **_ADAPTER},
     "finetune": {**_COMMON, **_ADAPTER, **_FINETUNING},
 }
-"""For each step: a keyword, or a flag with dashes for underscores, and the place in the recipe that it sets."""
+"""For each step: keyword (as a flag with dashes for underscores) to the place in the recipe that it sets."""

@@ -1,4 +1,4 @@
-"""The recipe: a tree of frozen dataclasses that a YAML file or flags become. Unknown keys, wrong types are refused."""
+"""The recipe: a tree of frozen dataclasses, made of a YAML file or flags. Unknown keys and wrong types are refused."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class ExpertsRecipe:
     """Which experts of an existing mixture of experts are left, where ``method`` is ``experts``."""
 
     num_experts: int | None = None
-    """Experts that each layer keeps; has to be given."""
+    """Experts that each layer keeps; it has no default."""
     assignment: Literal["prune", "merge"] = "prune"
     """``prune``: the experts of the highest score stay. ``merge``: experts of like outputs become one."""
     score: str = "reap"
@@ -105,7 +105,7 @@ class ExpertsRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpcycleRecipe:
-    """What experts begin as, where ``method`` is ``upcycle``; their number is ``assignment.num_experts``."""
+    """How experts begin, where ``method`` is ``upcycle``; their number is ``assignment.num_experts``."""
 
     redrawn_fraction: float = 0.0
     """Share of each expert's neurons that are drawn anew: 0 copies the FFN, 0.5 is what Drop-Upcycling chose."""
@@ -159,7 +159,7 @@ class AdapterRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All of one conversion; what is left out has the default."""
+    """All settings of a run; keys that are left out have their defaults."""
 
     source: str | None = None
     """A local directory or a Hub id of the dense checkpoint."""
@@ -179,22 +179,22 @@ class Recipe:
     experts: ExpertsRecipe = ExpertsRecipe()
     """Which experts of an existing mixture of experts are left."""
     upcycle: UpcycleRecipe = UpcycleRecipe()
-    """What the experts of an upcycled model begin as."""
+    """How the experts of an upcycled model begin."""
     adapter: AdapterRecipe = AdapterRecipe()
     """Which routed adapter is attached."""
     finetune: FinetuneRecipe = FinetuneRecipe()
     """How the model is trained after conversion."""
     family: dict[str, Any] | None = None
-    """Where an architecture without a row of its own keeps its FFNs; the fields of modmoe.models.families.Family."""
+    """Where an architecture that modmoe does not know keeps its FFNs: the fields of modmoe.models.families.Family."""
     seed: int = 0
-    """Seed of everything that draws numbers."""
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run."""
     trust_remote_code: bool = False
     """Allow the checkpoint's own Python files to be executed."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
+        """Raise RecipeError for values that no run could use."""
         positive = {
             "calibration.tokens": self.calibration.tokens,
             "calibration.sequence_length": self.calibration.sequence_length,
@@ -274,7 +274,7 @@ _MOST = {
     "assignment.modules_per_expert": 2**16,
     "experts.num_experts": 2**16,
 }
-"""Far beyond all models and texts that there are; what one model bears is known when it is opened."""
+"""Bounds far beyond all existing models and texts; the bounds of one model are known when it is opened."""
 _MOST_BATCH_TOKENS = 2**24
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "cmoe": {"router.kind": "mlp"},
@@ -282,22 +282,22 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_moe": {"router.kind": "mlp", "router.combine": "sum", "partition.method": "random"},
     "upcycle": {"assignment.num_experts": 8, "router.top_k": 2, "router.combine": "sum"},
 }
-"""Where a method's defaults are others than the recipe's."""
+"""Defaults of a method that differ from the recipe's."""
 
 
 DOTTED = ("method", "partition.method")
-"""Places that a name of one's own may stand in, as the dotted path of what a run then imports."""
+"""Places that may hold the dotted path of a user's own code, which a run then imports."""
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, *, allow_code: bool = False) -> Recipe:
     """Read a YAML recipe, lay ``overrides`` (dotted keys) over it and return it checked; nothing is imported.
 
-    A file cannot allow code to be executed, since it may come with the code: ``trust_remote_code: true`` in it is
-    refused unless ``overrides`` say of it what the user does, and a dotted path, whose module a run would import,
-    unless ``allow_code`` is set or ``overrides`` put another value there.
+    A file cannot allow code to run, since it may come from the author of the code. So ``trust_remote_code: true`` in a
+    file is refused unless ``overrides`` set that key too, and a dotted path is refused unless ``allow_code`` is set or
+    ``overrides`` replace it.
 
     Raises:
-        RecipeError: the file cannot be read, is no YAML mapping, has an unknown key or a value of the wrong type, or
+        RecipeError: the file cannot be read, is not a YAML mapping, has an unknown key or a value of the wrong type, or
             asks for trust or for code that was not allowed.
     """
     try:
@@ -380,7 +380,7 @@ _OPEN_MAPS = ("tasks", "family", "adapter.settings")
 
 
 def _check_key(key: str) -> None:
-    """Refuse an unknown key whose value says nothing, such as a section without entries."""
+    """Raise RecipeError for an unknown key without a value, such as a section without entries."""
     cls: Any = Recipe
     for part in key.split("."):
         known = {item.name for item in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()

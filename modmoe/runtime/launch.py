@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun says, in environment variables, of the processes of a run."""
+"""The environment variables in which a launcher such as torchrun describes the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from modmoe.errors import RankError, RecipeError
 
 _PRECISIONS = ("no", "fp16", "bf16", "fp8")
-"""What accelerate takes for ACCELERATE_MIXED_PRECISION."""
+"""Values of ACCELERATE_MIXED_PRECISION that accelerate knows."""
 
 
 def number_of(name: str, default: int) -> int:
-    """Return the whole number that an environment variable has, ``default`` where it is not set or empty.
+    """Return the whole number in an environment variable, or ``default`` where it is empty or not set.
 
-    Raises RankError where it is none.
+    Raises RankError where it is not a whole number.
     """
     text = os.environ.get(name, "").strip()
     if not text:

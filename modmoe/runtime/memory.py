@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from modmoe.errors import ModmoeError, RecipeError, is_out_of_memory
 from modmoe.recipe.schema import Recipe
 
-# of torch's allocators for the CPU and for GPUs, and of numpy's
+# how torch's allocators for the CPU and for GPUs, and numpy's, say how much was asked for
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
 _SHORTEST = 32
-"""Tokens; sequences shorter than this are no text to learn from."""
+"""Tokens; shorter sequences hold too little text to learn from."""
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def names_what_to_lower(
     *,
     needs_whole_model: bool = False,
 ) -> Iterator[None]:
-    """Turn an error of memory into one line that names values of the recipe's ``part`` and what to set them to.
+    """Turn a lack of memory into one line that names keys of the recipe's ``part`` and the values to set them to.
 
     Args:
         recipe: what is run.
@@ -51,7 +51,7 @@ def names_what_to_lower(
 
 
 def advice(recipe: Recipe, part: str, num_sharing: int = 1, *, needs_whole_model: bool = False) -> str:
-    """Return what to do: halve the batch or the sequences, or hold less of the model."""
+    """Return the remedy: halve the batch or the sequences, or hold less of the model."""
     values = recipe.finetune if part == "finetune" else recipe.calibration
     remedies = []
     if part == "calibration" and not recipe.calibration.by_layer and not needs_whole_model:

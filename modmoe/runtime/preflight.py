@@ -1,4 +1,4 @@
-"""What is checked before anything is loaded or touched: what a run reads is there, and where it writes nothing is lost.
+"""Checks before anything is loaded or touched: the inputs of a run exist, and nothing is lost where it writes.
 
 An output never replaces what the run reads, nor what modmoe did not write.
 """
@@ -29,11 +29,11 @@ _MOST_LINKS = 10_000
 
 
 def check_there(sources: Sequence[str | Path | None], *tasks: Mapping[str, str], **needs: bool) -> None:
-    """Refuse a directory or a file that is not there or no model, before torch and all that it brings is loaded.
+    """Raise an error for a missing input or one that is not a model, before torch and its libraries are loaded.
 
     ``needs`` is what ``modmoe.storage.kinds.faults.check_source`` takes.
     """
-    # one of several processes does not speak: what it lacks, it tells the others once it has joined them
+    # of several processes none speaks here: each tells the others what it lacks once they have joined
     if is_first_of_many() is not None:
         return
     for source in sources:
@@ -52,13 +52,13 @@ def check_places(
     trains: bool = False,
     resume: bool = False,
 ) -> None:
-    """Refuse places where a run must not write; nothing is changed.
+    """Raise RecipeError for places where a run must not write; nothing is changed.
 
     Args:
         output: the directory that the run makes.
         overwrite: replace what modmoe wrote there, and nothing else.
-        inputs: what the run reads, by what it is called in an error; what is not on this disk does not matter.
-        report: an HTML file that is written too.
+        inputs: what the run reads, by its name in an error; inputs that are not on this disk are passed over.
+        report: the HTML file that the run writes as well.
         trains: states are kept beside ``output``.
         resume: training goes on from them.
 
@@ -91,7 +91,7 @@ def check_places(
 
 
 def _real_places(file: str | Path | None, *, with_links: bool) -> Iterator[Path]:
-    """Yield where an input lies: as it is written, behind all links, and where links in it lead."""
+    """Yield the places of an input: the path as written, the path behind all links, and where links in it lead."""
     if file is None or not os.path.exists(file):
         return
     path = place_of(file)
@@ -112,7 +112,7 @@ def _holds(directory: Path, path: Path) -> bool:
 
 
 def check_states(states: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse to train where states lie beside the output that a run would remove unasked; nothing is changed.
+    """Raise RecipeError where training would remove states beside the output unasked; nothing is changed.
 
     Raises RecipeError where ``states`` is not of modmoe, or has states and neither ``resume`` nor ``overwrite`` is set.
     """
@@ -172,7 +172,7 @@ def input_words(
     eval_tasks: Mapping[str, str] | None = None,
     recipe: str | Path | None = None,
 ) -> dict[str, str | Path | None]:
-    """Return what a run reads, by what it is called in an error: also the model that an adapter is for."""
+    """Return the inputs of a run by their names in an error, the base model of an adapter among them."""
     found: dict[str, str | Path | None] = {"the source": source, "the teacher": teacher, "the recipe": recipe}
     found |= {f"the text of task {name}": file for name, file in (eval_tasks or {}).items()}
     found |= {f"the text of task {name}": file for name, file in tasks.items()}

@@ -44,13 +44,13 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES)))
     except Exception as error:
-        # the Hub's client raises a dozen kinds; their first line says enough, and none of them holds the token
+        # the Hub's client raises a dozen kinds of errors; their first line says enough, and none holds the token
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(str(source), f"no such directory, and not to be had from the Hub: {reason}") from error
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """A lazy mapping of tensor name to tensor; headers alone are read until a tensor is asked for."""
+    """A lazy mapping of tensor name to tensor; only headers are read until a tensor is asked for."""
 
     def __init__(self, directory: str | Path) -> None:
         """Open the headers of all shards and check them against the index.
@@ -82,7 +82,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 if name not in present[file]:
                     raise CheckpointError(str(index), f"'{name[:80]}' is not in {file}", "fetch the checkpoint again")
             for file, names in present.items():
-                # other programs read all of a shard, so that a model without it would be another one
+                # other programs read every tensor of a shard, so a model without this one would differ from theirs
                 if names - weight_map.keys():
                     unnamed = min(names - weight_map.keys())
                     raise CheckpointError(
@@ -155,7 +155,7 @@ class Checkpoint(Mapping[str, Tensor]):
             }
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hold tensors of other names beside those of the files."""
+        """Add tensors that lie in memory to those of the files; their names are new."""
         self._added.update(tensors)
 
     def check_finite(self, report: Callable[[int, int], None] | None = None) -> None:
@@ -209,11 +209,11 @@ class CheckpointWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Add one tensor, held until its shard is full and not to be changed until then; names are unique.
 
-        What is known beforehand is better given to ``stream``, which holds no tensor.
+        ``stream`` is better where types and shapes are known beforehand: it holds no tensor.
         """
         data = tensor.detach().to("cpu").contiguous()
         if data.untyped_storage().nbytes() != data.nbytes:
-            # an own copy where the tensor is a view, so that one row does not keep a whole matrix alive
+            # a view is copied, so that one row does not keep a whole matrix alive
             data = data.clone()
         if self._pending and self._pending_bytes + data.nbytes > self.max_shard_bytes:
             self._flush()
@@ -277,7 +277,7 @@ class CheckpointWriter:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.json as a mapping; CheckpointError where it is absent or none, or names weights of its own."""
+    """Return config.json as a mapping; CheckpointError where it is missing, no object, or names weights elsewhere."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(str(find_lack(directory)))
@@ -287,20 +287,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(str(path), f"model_type is {config['model_type']!r:.80}", "it must name the architecture")
     if config.get("transformers_weights") is not None:
-        # transformers would read that file, and modmoe the one that every other program reads
+        # transformers would read that file, while modmoe and every other program read the usual one
         raise CheckpointError(str(path), "transformers_weights names a file of its own", "take that key away")
     return config
 
 
 def _check_file(path: Path) -> None:
-    """Raise CheckpointError where a file stands for another one, or is empty."""
+    """Raise CheckpointError where a file is only a pointer to another one, as Git LFS leaves it, or is empty."""
     wrong = wrong_with(path)
     if wrong is not None:
         raise CheckpointError(str(path), f"{wrong[0]}", f"{wrong[1]}")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Return adapter_config.json as a mapping; CheckpointError where it is none."""
+    """Return adapter_config.json as a mapping; CheckpointError where it is not one."""
     check_links(directory)
     return read_object(directory / ADAPTER_CONFIG)
 
@@ -346,7 +346,7 @@ def local_base(directory: Path) -> Path | None:
 def resolve_base(directory: Path) -> Path:
     """Return the directory of the model that an adapter is for, fetched from the Hub if need be.
 
-    Raises CheckpointError where it is not to be had, or is an adapter itself.
+    Raises CheckpointError where it cannot be found, or is an adapter itself.
     """
     base, config = local_base(directory), read_adapter_config(directory)
     if base is None:

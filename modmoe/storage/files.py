@@ -14,19 +14,19 @@ from pathlib import Path
 
 from modmoe.errors import RecipeError, disk_error
 
-# What file systems without locks, without an exchange of names, or without syncing of directories say.
+# The errors of file systems that lack locks, an exchange of names, or the syncing of directories.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK}
 _MOST_NAME_BYTES = 255
 _MOST_PAGE_BYTES = 1 << 30
 _TEMPORARY = ".{}.tmp."
-"""What stands around a file's name until it is whole; eight characters of it are drawn."""
+"""What stands around the name of a file until the file is whole; eight characters in it are random."""
 _PAGE = re.compile(rb"\n<!-- written by modmoe, sha256 ([0-9a-f]{64}) -->\n\Z")
 
 
 def place_of(path: str | Path) -> Path:
     """Return where a file or directory itself lies: all links on the way are followed, and the last part is not.
 
-    So the system sees it: ``..`` behind a link is the parent of what the link names.
+    This is how the operating system reads a path: ``..`` behind a link is the parent of the directory that it names.
     """
     head, tail = os.path.split(os.path.join(os.getcwd(), path).rstrip(os.sep) or os.sep)
     if tail in ("", os.curdir, os.pardir):
@@ -35,13 +35,13 @@ def place_of(path: str | Path) -> Path:
 
 
 def target_of(out: str | Path) -> Path:
-    """Return the absolute path of an output; of a symbolic link, that of what it names."""
+    """Return the absolute path of an output; for a symbolic link the path of what it names."""
     path = place_of(out)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_working_directory(start: str = "") -> None:
-    """Raise RecipeError, which begins with ``start``, where the working directory was deleted."""
+    """Raise RecipeError where the working directory was deleted; its message begins with ``start``."""
     try:
         os.getcwd()
     except OSError:
@@ -49,7 +49,7 @@ def check_working_directory(start: str = "") -> None:
 
 
 def check_name(out: str | Path, longest: str = ".replaced") -> None:
-    """Raise RecipeError unless a file or directory can be written as ``out``, and with ``longest`` behind its name."""
+    """Raise RecipeError unless ``out`` can be written, also with ``longest`` appended to its name."""
     text = str(out)
     try:
         text.encode("utf-8")
@@ -81,7 +81,7 @@ def check_name(out: str | Path, longest: str = ".replaced") -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether something is there; OSError for a link to nothing, and where no path can be."""
+    """Return whether a path exists; OSError for a link that leads nowhere and for a path that cannot exist."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -92,17 +92,17 @@ def _is_there(path: Path) -> bool:
 
 
 def shorten(text: str) -> str:
-    """Return a name that may be of any length, cut in its middle where it is long."""
+    """Return a name of any length, with its middle left out where it is long."""
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def check_writable(holder: Path, text: str) -> None:
-    """Raise RecipeError unless a file can be made in the directory ``holder``, for what was called ``text``."""
+    """Raise RecipeError unless a file can be created in ``holder``; the message calls the file ``text``."""
     try:
         with tempfile.TemporaryFile(dir=holder):
             pass
     except OSError as error:
-        error.filename = str(holder)  # rather than a name that nobody chose
+        error.filename = str(holder)  # the message names the directory, since the temporary file has a random name
         failed = disk_error(error, holder)
         if failed is None:
             failed = RecipeError(f"{holder}: {os.strerror(error.errno or 0)}; choose another name.")
@@ -146,7 +146,7 @@ def check_file(file: str | Path, *, overwrite: bool, is_ours: Callable[[Path], b
     """
     start = f"{flag}: " if flag else ""
     try:
-        # first, since what a process has opened may be a name that leads nowhere, as /dev/stdout in a pipe
+        # this comes first: /dev/stdout of a pipe, for example, is a name that leads nowhere
         if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
             raise RecipeError(str(file), f"is {kind_of(Path(file))}", "name a file that does not exist yet")
         check_name(file, longest=_TEMPORARY.format("." * 8))
@@ -175,7 +175,7 @@ def write_file(
 
     Raises:
         RecipeError: as ``check_file``, which is asked again.
-        OSError: the disk failed; what was there before is unchanged.
+        OSError: the disk failed; an older file is unchanged.
     """
     path = check_file(file, overwrite=overwrite, is_ours=is_ours, flag=flag)
     with open_beside(path) as temporary:

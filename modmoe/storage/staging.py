@@ -1,8 +1,8 @@
 """Outputs that are whole or absent: written beside as ``<out>.partial``, renamed when complete.
 
-All that is written reaches the disk before the rename. An output that is replaced changes its name with the new one in
-one step of the file system (Linux's renameat2, https://man7.org/linux/man-pages/man2/rename.2.html). Where it has none
-the old one is called ``<out>.replaced`` for a moment, and the next run puts back what a crash left so.
+Everything is on the disk before the rename. Where an output is replaced, the old and the new one exchange their names
+in one step of the file system (Linux's renameat2, https://man7.org/linux/man-pages/man2/rename.2.html). On file systems
+without that step the old output is called ``<out>.replaced`` for a moment; after a crash the next run restores it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _check_directory(out: str | Path, *, overwrite: bool) -> None:
         raise RecipeError(str(out), f"is {kind_of(path)}", "name a directory that does not exist yet")
     try:
         is_empty = not any(path.iterdir())
-        # a mount of a container's volume can only be written into, and then it would not be whole or absent
+        # a container's volume is a mount point, which cannot be renamed, so no output there appears in one step
         if path.is_mount():
             raise RecipeError(
                 str(out),
@@ -119,15 +119,15 @@ def open_output(
 ) -> Iterator[Path]:
     """Yield ``<out>.partial`` to write into; seal it and rename it to ``out`` on success.
 
-    On an error the partial directory is removed. What was there before stays until the new output is whole. A lock held
-    by the operating system, and so gone with its process, keeps two runs apart. Nothing that modmoe did not write is
-    removed or gets another name.
+    On an error the partial directory is removed. What was there before stays until the new output is whole. A lock of
+    the operating system, which ends with its process, keeps two runs apart. Nothing that modmoe did not write is
+    removed or renamed.
 
     Args:
         out: a directory.
         overwrite: replace what modmoe wrote there.
         size_bytes: what will be written, as far as it is known; it has to be free.
-        spent: a directory of states that is of no use once the output is whole, and removed then.
+        spent: a directory of states, removed once the output is whole, when it is of no further use.
 
     Raises:
         RecipeError: ``out`` is not free, its parent cannot be written, another run is writing there, there is too
@@ -165,12 +165,12 @@ def open_output(
         raise failed from error
     finally:
         for parent in reversed(made):
-            with contextlib.suppress(OSError):  # it has an output by now
+            with contextlib.suppress(OSError):  # another run has put an output there by now
                 parent.rmdir()
 
 
 def _name_output(error: BaseException, partial: Path, out: str | Path) -> None:
-    """Have an error name ``out`` where it names ``partial``, which is gone by the time it is read."""
+    """Replace ``partial`` by ``out`` in an error's message: the partial directory is gone by the time it is read."""
     if isinstance(error, ModmoeError) and str(partial) in str(error):
         error.args = (str(error).replace(str(partial), str(out)), *error.args[1:])
 
@@ -201,14 +201,14 @@ def _claimed(partial: Path, name: str) -> Iterator[None]:
         except FileNotFoundError:
             continue  # another run that ends has removed the directory meanwhile
         except BaseException:
-            # without its mark nobody would know whose the directory is, and Ctrl-C comes at any time
+            # Ctrl-C may come here too, and without its mark no later run would know that the directory is modmoe's
             if is_new:
                 with contextlib.suppress(OSError):
                     partial.rmdir()
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the run that had it may have removed or renamed the directory meanwhile
+            # the run that held the lock may have removed or renamed the directory meanwhile
             if os.path.samestat(os.fstat(handle), os.stat(partial / MARK)):
                 break
         except BlockingIOError as error:
@@ -233,7 +233,7 @@ def _claimed(partial: Path, name: str) -> Iterator[None]:
 
 
 def recover(path: Path) -> None:
-    """Put back an old output, or remove it, where a run was killed while names changed."""
+    """Restore an old output, or remove it, where a run was killed while it exchanged names."""
     old = _replaced(path)
     if not old.is_dir() or old.is_symlink() or not is_marked(old) or find_foreign(old) is not None:
         return
@@ -273,7 +273,7 @@ def _publish(partial: Path, path: Path, before: Mapping[str, object], *, spent: 
         if is_old:
             if snapshot(path) != before:
                 raise RecipeError(str(name), "was changed by somebody while modmoe worked", "name another directory")
-            # what was there is marked as well, so that a run that finds it under another name knows what it is
+            # the old output is marked too, so that a run that finds it under another name knows whose it is
             (path / MARK).touch()
         change = _exchange if is_old else Path.rename
         try:
@@ -289,7 +289,7 @@ def _publish(partial: Path, path: Path, before: Mapping[str, object], *, spent: 
         try:
             sync(path.parent)
         except OSError as error:
-            error.filename = name  # what was to be there, and not the directory around it
+            error.filename = name  # the error is about the output, not about the directory that holds it
             if is_old:
                 _exchange(partial, path)
                 _unmark(path)
@@ -330,7 +330,7 @@ def _replaced(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _undisturbed(name: str) -> Iterator[None]:
-    """Hold Ctrl-C back until names have changed and what is old is gone."""
+    """Hold Ctrl-C back until the names are exchanged and the old output is gone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

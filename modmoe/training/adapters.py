@@ -18,16 +18,16 @@ LOG = logging.getLogger(__name__)
 
 
 def load_with_adapter(source: Path, name: str, recipe: Recipe, device: torch.device) -> Any:
-    """Return a PeftModel whose adapter learns: of an adapter directory, or a fresh one on a model without.
+    """Return a PeftModel whose adapter is trained: that of an adapter directory, or a fresh one on a model without one.
 
     Args:
         source: the directory.
-        name: what the adapter records as its base where it is fresh: the Hub id or path that the user gave.
+        name: the base that a fresh adapter records: the Hub id or the path that the user gave.
         recipe: its ``adapter`` part says which one is attached; an adapter directory has its own.
         device: where the model runs.
 
     Raises:
-        RecipeError: neither has an adapter, or the recipe asks for another than the directory has.
+        RecipeError: neither the directory nor the recipe has an adapter, or the two have different ones.
     """
     if is_adapter(source):
         model: Any = load(source, trust_remote_code=recipe.trust_remote_code, device=device.type, trainable=True)

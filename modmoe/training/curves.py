@@ -1,12 +1,12 @@
-"""Curves of a training run: what routers do on the steps that are logged, and the program that draws it all.
+"""Curves of a training run: statistics of the routers on logged steps, and the program that draws them.
 
 entropy      mean over tokens of -sum_e p_e log p_e, in nats: 0 where the router is sure, log E where it is not at all
 load_cv      standard deviation of the experts' loads over their mean: 0 where all have the same. The load of an expert
              is the share of the choices that fall on it; of a mixture that has every expert on, the share of the weight
-load_max     the largest load there is, in any layer: 1 where one expert has taken all, 1/K where each token has K
+load_max     the largest load in any layer: 1 where one expert has taken all, 1/K where each token has K
 modules_on   share of the dense FFN's modules that a token has on; ``experts_on`` that of an adapter's experts
 
-All are read off what the forward pass has computed, and padding does not count.
+All are computed from the forward pass of training itself; padding does not count.
 """
 
 # Shapes: T tokens of a batch, N counted tokens, E experts, S stored modules, X numbers of one router
@@ -37,15 +37,15 @@ from modmoe.storage.documents import read_object
 
 LOG = logging.getLogger(__name__)
 MOST_NAMED = 16
-"""Experts that have a curve of their load each; of more, the spread and the largest must do."""
+"""The most experts for which each has a load curve; with more, only spread and maximum are drawn."""
 PROJECT = "modmoe"
-"""Where trackio and wandb put runs, unless the user names another."""
+"""The project in which trackio and wandb put runs, unless the user names another."""
 _RECORD = "curves.json"
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 class _Read(NamedTuple):
-    """What one router did in one batch."""
+    """The statistics of one router in one batch."""
 
     family: str
     """router, for those of the model; adapters."""
@@ -55,7 +55,7 @@ class _Read(NamedTuple):
 
 
 class Curves:
-    """Reads the routers of a model on the steps that are logged. It changes nothing, and asks for no pass."""
+    """Reads the routers of a model on logged steps, without a pass of its own and without changing anything."""
 
     def __init__(self, model: Any) -> None:
         """Follow a model's routers: of tied FFNs, and of routed adapters on any model."""
@@ -71,7 +71,7 @@ class Curves:
         self._found: list[_Read] = []
 
     def read(self, router_logits: Mapping[int, Tensor], mask_T: Tensor) -> None:
-        """Keep what the routers of the pass just run decided; nothing leaves the device.
+        """Keep the decisions of the routers in the last pass; nothing leaves the device.
 
         Args:
             router_logits: logits_TE of tied FFNs, by layer.
@@ -86,7 +86,7 @@ class Curves:
             self._found.append(_Read("adapters", int(number[1]) if number else None, _of_route(route, mask_T)))
 
     def take(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the curves' values by name, and forget what was read; ``add_up`` sums a tensor over all ranks."""
+        """Return the curves' values by name, and reset the statistics; ``add_up`` sums a tensor over all ranks."""
         found, self._found = self._found, []
         if not found:
             return {}
@@ -117,7 +117,7 @@ class Curves:
         values[f"{family}/load_max"] = max(kinds["load_max"])
         values[f"{family}/{'modules_on' if family == 'router' else 'experts_on'}"] = _mean(kinds["on"])
         if family == "router":
-            # an expert of an adapter has nothing in common with that of its number in another layer
+            # experts of adapters with the same number in different layers have nothing in common
             mean_E = torch.stack(loads).mean(0).tolist()
             values |= {f"router/load/{name}": load for name, load in zip(self.names, mean_E, strict=False)}
         return {**values, **{name: _mean(found) for name, found in by_layer.items()}}
@@ -134,7 +134,7 @@ def _of_route(route: Route, mask_T: Tensor) -> Tensor:
     probs_NE, weights_NE, chosen_NE = route.probs_TE, route.weights_TE, route.chosen_TE
     if len(probs_NE) == len(mask_T):
         probs_NE, weights_NE, chosen_NE = (values_TE[mask_T] for values_TE in (probs_NE, weights_NE, chosen_NE))
-    probs_NE = probs_NE.float().clamp_min(0)  # sigmoids, and what is left above a threshold, do not add up to 1
+    probs_NE = probs_NE.float().clamp_min(0)  # sigmoids, and weights above a threshold, do not add up to 1
     probs_NE = probs_NE / probs_NE.sum(-1, keepdim=True).clamp_min(1e-30)
     share_N = chosen_NE.float().mean(-1)
     is_soft = chosen_NE.all()
@@ -164,12 +164,12 @@ def check_tracker(report_to: str) -> None:
 
 @contextlib.contextmanager
 def tracked(trainer: Any, report_to: str, states: Path, *, goes_on: bool) -> Iterator[None]:
-    """Tell the trainer's integrations where the run that begins here goes, and the user how to see it.
+    """Configure the trainer's integrations for the run that begins here, and tell the user how to see it.
 
-    What the user's environment says of them stands. tensorboard's files lie in ``<output>.logs``, a directory for each
+    Settings in the user's environment win. tensorboard's files lie in ``<output>.logs``, a directory for each
     run, and nothing here removes them; trackio and wandb have places of their own.
 
-    Raises RecipeError for what the program refuses, such as wandb without a key.
+    Raises RecipeError where the program refuses the run, as wandb does without a key.
     """
     if report_to == "none":
         yield
@@ -195,7 +195,7 @@ def tracked(trainer: Any, report_to: str, states: Path, *, goes_on: bool) -> Ite
         raise RecipeError("finetune.report_to", f"{report_to}: {reason_of(error)}") from error
     finally:
         if is_ours:
-            wandb.finish()  # or it would say its last words when Python ends, to a stdout that is the result's
+            wandb.finish()  # otherwise it would print when Python ends, to the stdout that belongs to the result
         for key in added:
             del os.environ[key]
     LOG.info("curves: %s", _HOW_TO_LOOK[report_to].format(place=shlex.quote(str(place)), name=name))
@@ -209,7 +209,7 @@ _HOW_TO_LOOK = {
 
 
 def _name_run(states: Path, goes_on: bool) -> str:
-    """Return a name of the run that no other has; one that goes on keeps that which lies beside its states."""
+    """Return a unique name of the run; a resumed run keeps the name that lies beside its states."""
     record = states / _RECORD
     if goes_on and record.is_file():
         name = read_object(record).get("name")

@@ -25,7 +25,7 @@ IGNORED = -100
 """The label of a token whose prediction does not count, as in torch and transformers."""
 _CHUNK_ROWS = 1000
 _ROWS = 2**40
-"""More than a task can have; a marked token's number is the task's times this, and the row's."""
+"""More rows than a task can have: a marked token's number is the task's number times this plus the row's."""
 
 
 def training_set(
@@ -52,16 +52,16 @@ def training_set(
         seed: of the order.
         experts: names of the experts where each row is read by that of its task's name; else None.
         packing: lay several rows into one sequence (TRL's best-fit decreasing); ``seq_lengths`` then tells them apart.
-        marked: say of each token in ``row_ids`` which row it is from, for ``rows_of``.
+        marked: record the row of each token in ``row_ids``, for ``rows_of``.
         num_embeddings: rows of the model's embeddings; a token beyond them is refused.
         readings: filled with what is read of each task.
 
     Columns: ``input_ids``, ``labels`` and, with ``experts``, ``expert_ids``, a number for each token.
 
     Raises:
-        RecipeError: a task's name is no expert's.
+        RecipeError: no expert has the name of a task.
         CalibrationError: a file cannot be read, or no row of a task has a token that counts.
-        CheckpointError: the tokenizer is of no use to the model.
+        CheckpointError: the tokenizer does not fit the model.
     """
     from datasets import Dataset, concatenate_datasets
     from trl.data_utils import pack_dataset
@@ -127,7 +127,7 @@ def rows_of(dataset: Dataset, sequences: Sequence[int], tasks: Sequence[str]) ->
 
 
 def _pieces(whole: EncodedRow, is_text: bool, tokenizer: Any, sequence_length: int) -> list[EncodedRow]:
-    """Return a row as sequences that have something to learn from."""
+    """Return a row as the sequences that have tokens to learn from."""
     pieces = [whole.cut(sequence_length)]
     if is_text and len(whole.input_ids) > sequence_length:
         bos = getattr(tokenizer, "bos_token_id", None)
@@ -155,7 +155,7 @@ class Collator:
     """Makes a batch of sequences, padded on the right to one length."""
 
     padding: int
-    """The token that fills up; it never counts."""
+    """The token that pads sequences; it never counts."""
     packing: bool
     """Sequences hold several rows: their positions begin anew with each, and keep them apart."""
 

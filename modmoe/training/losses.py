@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 _CHUNK_NUMBERS = 2**25
-"""Logits of which float32 copies exist at once, 128 MiB of each kind."""
+"""Logits whose float32 copies are in memory at once: 128 MiB a copy."""
 
 
 def token_losses(
@@ -81,7 +81,7 @@ def balance_loss(
     counts_LE = torch.stack([torch.bincount(chosen.flatten(), minlength=num_experts) for chosen in chosen_LNK])
     if add_up is not None:
         counts_LE = add_up(counts_LE)
-    # every token makes top_k choices, so the counts say how many tokens there are
+    # every token makes top_k choices, so the sum of the counts gives the number of tokens
     choices_L1 = counts_LE.sum(1, keepdim=True).clamp_min(1)
     share_LE, mean_LE = counts_LE / choices_L1, probs_LNE.sum(1) * top_k / choices_L1
     return num_experts * (share_LE * mean_LE).sum(1).mean()

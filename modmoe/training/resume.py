@@ -1,4 +1,4 @@
-"""Going on where a run stopped: which state is whole, and whether it belongs to the same run."""
+"""Resuming a run: which of its states is whole, and whether it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 KEPT_STATES = 2
-"""States that are kept; older ones are removed."""
+"""The number of states that are kept; older ones are removed."""
 RECORD = "run.json"
-"""Beside the states: what the run was asked for."""
+"""The file beside the states that describes the run."""
 _FREE = frozenset({"finetune.save_steps", "finetune.report_to"})
 """Recipe keys that may differ, since no weight depends on them."""
 
@@ -39,7 +39,7 @@ def states_of(output: str | Path) -> Path:
 
 
 def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any]:
-    """Return what must be the same for a run to go on: the recipe by dotted keys, the source, the text as tokens."""
+    """Return what must be the same in a resumed run: the recipe by dotted keys, the source, the tokens of the text."""
     digest = hashlib.sha256()
     for batch in dataset.with_format("numpy").iter(1000):
         for column in sorted(batch):
@@ -49,7 +49,7 @@ def describe_run(recipe: Recipe, source: str, dataset: Dataset) -> dict[str, Any
 
 
 def start_run(states: Path, run: dict[str, Any]) -> None:
-    """Write down what a new run was asked for, beside the states to come; older states are removed."""
+    """Write the description of a new run where its states will lie; older states are removed."""
     if is_marked(states):
         clear(states)
     states.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def check_run(states: Path, run: dict[str, Any]) -> None:
         before = read_object(states / RECORD)
     except (OSError, ValueError) as error:
         raise RecipeError(str(states / RECORD), "cannot be read", "start anew without --resume") from error
-    # as JSON has it, so that a tuple is a list and a float the float that was written
+    # through JSON, so that tuples become lists and floats compare as they were written
     now = json.loads(json.dumps(run))
     for key in dict.fromkeys([*now, *before]):
         if key in _FREE or now.get(key) == before.get(key):
@@ -78,9 +78,9 @@ def check_run(states: Path, run: dict[str, Any]) -> None:
 
 
 def find_state(states: Path, run: dict[str, Any], resume: bool) -> Path | None:
-    """Return the state to go on from, of the same run; None where training begins anew, which is then written down.
+    """Return the state of the same run to resume from; None where training begins anew, after writing its description.
 
-    Raises RecipeError that names what is not as in the run that left the states.
+    Raises RecipeError that names the first difference from the run that left the states.
     """
     # without its record a state belongs to a run whose states were being removed
     state = last_state(states) if resume and (states / RECORD).is_file() else None
@@ -101,12 +101,12 @@ def all_states(states: Path) -> list[Path]:
 
 
 def step_of(state: Path) -> int:
-    """Return the step behind which a state was saved."""
+    """Return the step after which a state was saved."""
     return int(state.name.rpartition("-")[2])
 
 
 def last_state(states: Path) -> Path | None:
-    """Return the newest state that is whole, None where there is none; removes what was cut short behind it."""
+    """Return the newest state that is whole, None where there is none; removes later ones that were cut short."""
     for state in reversed(all_states(states)):
         if _is_whole(state):
             return state
@@ -133,7 +133,7 @@ def disk_bytes(model: torch.nn.Module, recipe: Recipe, is_whole: bool, num_found
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     saved = sum(weight.numel() for weight in model.parameters()) if is_whole else learning
     wanted = recipe.finetune
-    # the oldest goes when the newest is whole
+    # the oldest state is removed once the newest is whole
     count = min(KEPT_STATES + 1, -(-wanted.max_steps // wanted.save_steps)) - num_found
     return 4 * (saved + 2 * learning) * max(count, 0)  # the optimiser has two numbers a weight
 

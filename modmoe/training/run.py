@@ -117,14 +117,14 @@ def _say_what_is_left(error: BaseException, states: Path) -> None:
     if not left and is_marked(states):
         clear(states)
     elif left and not isinstance(error, DivergedError):
-        # what is to be lowered would make it another run
+        # a lower batch or length would be another run, which cannot resume these states
         where = " where there is more memory" if is_out_of_memory(error.__cause__ or error) else ""
         error.add_note(f"Training up to step {step_of(left[-1])} is kept in {states}; go on with --resume{where}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Subject:
-    """What is trained, and what it is trained on."""
+    """The model that is trained, and what it is trained on."""
 
     model: Any
     lora: LoraConfig | None
@@ -198,7 +198,7 @@ def _run(
         **({"read_eval": summaries(eval_readings)} if losses else {}),
     }
     if ranks.is_first():
-        # a state keeps its entries' keys sorted, so that these are to the byte what an unbroken run has
+        # states keep the keys of entries sorted; sorted here too, resumed and unbroken runs write the same bytes
         log = [dict(sorted(entry.items())) for entry in history]
         write_json(partial / "modmoe_training.json", {**result, "log": log})
     return result
@@ -209,7 +209,7 @@ def _settle(source: Path, recipe: Recipe) -> Recipe:
     if is_adapted(source):
         raise RecipeError(str(source), "was exported with its adapter inside", "train the adapter it was made from")
     if is_adapter(source) and recipe.finetune.train == "full":
-        # the base model's weights are not here: all that can learn is the adapter
+        # the base model's weights are elsewhere, so only the adapter can be trained
         recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, train="adapters"))
     if recipe.finetune.batch_size % ranks.num_ranks():
         raise RecipeError(
@@ -251,7 +251,7 @@ def _open_subject(source: Path, recipe: Recipe, device: torch.device) -> _Subjec
 
 
 def _state_to_go_on_from(states: Path, description: dict[str, Any], resume: bool) -> Path | None:
-    """Return the state that the first process found, to all processes; None where the run begins anew."""
+    """Return to all processes the state that the first one found; None where the run begins anew."""
     state = find_state(states, description, resume) if ranks.is_first() else None
     step = int(ranks.from_first(torch.tensor(0 if state is None else step_of(state))))
     return states / f"checkpoint-{step}" if step else None
@@ -304,7 +304,7 @@ def _open(source: Path, recipe: Recipe, device: torch.device) -> tuple[Any, Lora
         raise RecipeError("finetune.train", f"{source} is an adapter, so its weights are not here", "train adapters")
     config = read_config(source)
     if is_tied_type(config.get("model_type")):
-        check_auto_map(config)  # now, rather than when all is trained and to be written
+        check_auto_map(config)  # checked now rather than after the training, when the code is written
     model = load(source, trust_remote_code=recipe.trust_remote_code, dtype=torch.float32, device=device.type)
     return model, choose_what_learns(model, source, recipe)
 
@@ -338,7 +338,7 @@ def default_learning_rate(train: str, width: int) -> float:
 
 
 def training_arguments(states: Path, recipe: Recipe, device: torch.device, width: int) -> SFTConfig:
-    """Return what TRL's trainer is told: one step a batch, cosine decay, float32 with bfloat16 products on a GPU."""
+    """Return the arguments of TRL's trainer: one step a batch, cosine decay, float32, bfloat16 products on a GPU."""
     check_precision()
     wanted = recipe.finetune
     rate = wanted.learning_rate if wanted.learning_rate is not None else default_learning_rate(wanted.train, width)
@@ -425,7 +425,7 @@ def _write(model: PreTrainedModel, source: Path, partial: Path, recipe: Recipe) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries' bars where no one looks at them; the caller's own progress says what is done."""
+    """Hide the libraries' progress bars where there is no terminal; the caller reports progress itself."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 

@@ -35,7 +35,7 @@ def load_teacher(
     try:
         known = load_tokenizer(source, trust_remote_code=trust_remote_code).get_vocab()
     except ModmoeError:
-        known = None  # without a tokenizer beside it, the size must do
+        known = None  # without a tokenizer beside the teacher, only the size of the vocabulary can be compared
     if known is not None and known != tokenizer.get_vocab():
         raise RecipeError(str(place), "its tokenizer's vocabulary is another", "name a model of the same vocabulary")
     teacher.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What learns: which of a model's weights a run trains, and the LoRA that it attaches."""
+"""The weights of a model that a run trains, and the LoRA that it attaches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from modmoe.recipe.schema import Recipe
 
 
 def is_routed_by_task(model: PreTrainedModel) -> bool:
-    """Return whether a model is tied and its expert is named by the task, so that it has no router."""
+    """Return whether a model is tied and routed by task, so that it has no router."""
     return isinstance(model, ModularMixin) and model.config.routing == "task"
 
 
 def choose_what_learns(model: PreTrainedModel, source: Path, recipe: Recipe) -> LoraConfig | None:
-    """Freeze what does not learn; return the LoRA to attach where there is one.
+    """Freeze the weights that are not trained; return the LoRA to attach, if any.
 
-    Raises RecipeError where routers are to learn and there are none.
+    Raises RecipeError where routers shall be trained and there are none.
     """
     train = recipe.finetune.train
     routers = _routers(model)

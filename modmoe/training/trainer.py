@@ -37,10 +37,10 @@ LOG = logging.getLogger(__name__)
 
 
 class DivergedError(RecipeError):
-    """The loss or the gradient is not a finite number; going on from a state would lead there again."""
+    """The loss or the gradient is not a finite number; resuming from a state would fail in the same way."""
 
     def __init__(self, message: str, step: int, good_step: int) -> None:
-        """Take the step, and the last one behind which the weights are known to be good."""
+        """Take the step, and the last step after which the weights are known to be good."""
         super().__init__(message)
         self.step, self.good_step = step, good_step
 
@@ -48,7 +48,7 @@ class DivergedError(RecipeError):
 class ModularTrainer(SFTTrainer):
     """Trains a tied or dense model on a batch of ``modmoe.training.data.Collator``.
 
-    The sum that learns is (1 - distill_weight) text + distill_weight distill + balance_weight balance, see
+    The loss is (1 - distill_weight) text + distill_weight distill + balance_weight balance, see
     ``modmoe.training.losses``; each part is logged.
     """
 
@@ -65,9 +65,9 @@ class ModularTrainer(SFTTrainer):
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.routed = base if isinstance(base, ModularMixin) and base.config.routing != "task" else None
         self.top_k = 0 if self.routed is None else int(self.routed.config.num_experts_per_tok)
-        # with every expert chosen always there is nothing to balance
+        # where every expert is always chosen there is nothing to balance
         self.balances = self.routed is not None and self.top_k < self.routed.config.num_experts
-        # routed adapters hang their routers' losses on the backbone's output themselves; here they are only told
+        # routed adapters add their routers' losses to the backbone's output themselves; here they get the factors
         self.adapters = getattr(base, "routed_context", None)
         self.curves = Curves(base)
         self.num_ranks = int(self.accelerator.num_processes)
@@ -86,7 +86,7 @@ class ModularTrainer(SFTTrainer):
         if state is not None:
             saved = TrainerState.load_from_json(str(state / "trainer_state.json"))
             if saved.global_step >= self.args.max_steps:
-                # the trainer would go one step too far
+                # the trainer would take one step too many
                 self._load_from_checkpoint(str(state))
                 self.state = saved
                 return
@@ -114,8 +114,8 @@ class ModularTrainer(SFTTrainer):
         With several ranks it is this one's part of the loss over all ranks' tokens, times their number, since their
         gradients are averaged: a rank with more tokens counts for more.
 
-        The logits are asked for as a user would: TRL's own loss calls the backbone inside the model, past the forward
-        that tells a tied model's layers what they are to read.
+        The logits come from the model's own forward: TRL's loss calls the backbone directly and skips the part of a
+        tied model's forward that tells its layers which tokens count.
 
         Raises:
             DivergedError: the loss is not a finite number.
@@ -152,10 +152,10 @@ class ModularTrainer(SFTTrainer):
             parts["loss/balance"] = balance
             if self.recipe.balance_weight > 0:
                 loss = loss + self.recipe.balance_weight * balance
-        # all ranks end together: one that went on alone would wait for the others' gradients
+        # all ranks stop together: one that continued alone would wait for the others' gradients
         joint = self._add_up(loss.detach().double()) / self.num_ranks
         if not bool(torch.isfinite(joint)):
-            # the weights behind the step before are what gave this loss
+            # this loss comes from the weights after the step before
             step = self.state.global_step + 1
             raise DivergedError(f"the loss is {joint.item()}", step, step - 2)
         if self.model.training:
@@ -176,7 +176,7 @@ class ModularTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Refuse a gradient that is not finite before it reaches the weights, so that every state has good ones."""
+        """Raise DivergedError for a gradient that is not finite, before it reaches the weights."""
         norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         if norm is not None and not math.isfinite(float(norm)):
             step = self.state.global_step + 1
@@ -196,7 +196,7 @@ class ModularTrainer(SFTTrainer):
             if self.args.should_save:
                 publish_state(self._beside / f"checkpoint-{self.state.global_step}", self._states)
         finally:
-            # what is left of one that could not be written takes room
+            # the remains of a state that could not be written take up space
             if self.args.should_save:
                 empty(self._states, f"{self._beside.name}/")
 
@@ -219,10 +219,10 @@ class ModularTrainer(SFTTrainer):
         return total
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: a state is no model that is given away."""
+        """Write no card: a state is not published."""
 
     def _send_telemetry(self) -> None:
-        """Tell nobody that this was run."""
+        """Send no telemetry."""
 
 
 class WholeRun(Sampler[int]):
