@@ -23,7 +23,7 @@ def find_config(method: str) -> type[RoutedConfig]:
 
 
 def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any) -> RoutedConfig:
-    """Return the method's configuration that adds at most ``parameters`` to ``model``, and nearly as many.
+    """Return the method's configuration that adds at most ``parameters`` to ``model``, and close to as many.
 
     The rank is solved first, with the number of experts as the method has it (or as given); where that leaves more
     than a tenth unused, or even rank 1 is too much, the number of experts is solved too: the nearest to what the method
@@ -46,7 +46,7 @@ def solve_budget(method: str, model: nn.Module, parameters: int, **settings: Any
     has_rank = "r" in fields and "r" not in settings
     has_experts = "num_experts" in fields and "num_experts" not in settings
     usual = int(getattr(start, "num_experts", 1))
-    # of a mixture at least two experts are left, or it would be none
+    # a mixture has at least two experts
     fewest = max(getattr(start, "top_k", None) or 1, min(usual, 2))
     found: list[tuple[int, int, RoutedConfig]] = []
 

@@ -34,7 +34,7 @@ def gather_loras(model: nn.Module, directories: Sequence[str | Path], *, core_ro
         core_routing: whether routers read the token in core space, or the layer's input.
 
     Raises:
-        AdapterError: one is no plain LoRA, or has weights that the model has no layer for.
+        AdapterError: one is not a plain LoRA, or has weights for layers that the model lacks.
     """
     if not directories:
         raise AdapterError("loras", "none was given", "name the directories of trained LoRAs")

@@ -7,7 +7,7 @@
     U C_e V = s_e B_e A_e, since U U^T B_e = B_e and A_e V^T V = A_e
 
 The paper takes singular vectors for the bases; a QR decomposition spans the same. Where the ranks sum to more than D or
-O that basis is D or O wide, so the cores would be no squares: the narrower side is filled up with zeros.
+O that basis is D or O wide, so the cores would not be square: the narrower side is padded with zeros.
 """
 
 # Shapes: D input width, O output width, E LoRAs, K one LoRA's rank, R rank of the core space, S = R (a core's input)
@@ -33,7 +33,7 @@ def stack_loras(loras: Sequence[LoRAWeights]) -> dict[str, Tensor]:
     Computed in float64 and returned in the LoRAs' type, float32 at least. The ranks need not be equal.
 
     Raises:
-        ValueError: there is none, or their widths differ.
+        ValueError: there are no LoRAs, or their widths differ.
     """
     if not loras:
         raise ValueError("loras: none was given; a core space needs one at least.")

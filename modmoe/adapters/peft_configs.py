@@ -1,4 +1,4 @@
-"""One PEFT configuration a method: its settings with what PEFT asks for. See each method's file for the fields."""
+"""One PEFT configuration for each method: the settings of its file, and PEFT's own fields."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ CONFIGS: dict[str, type[RoutedConfig]] = {
 
 for _name, _row in METHODS.items():
     if _name not in CONFIGS:
-        # a class above is for those who import its name; a method without one has the same from its settings
+        # the classes above are for import by name; a method without one gets the same class from its settings
         _fields = {"method": _name, "__module__": __name__, "__doc__": _row.settings.__doc__}
         CONFIGS[_name] = dataclass(type(f"{_row.adapter.__name__}Config", (_row.settings, RoutedConfig), _fields))
     register(_name, CONFIGS[_name])

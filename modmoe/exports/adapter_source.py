@@ -1,4 +1,4 @@
-"""An adapter directory that is exported: its base model, what is asked of it, and what a form writes of it."""
+"""An adapter directory that is exported: its base model, the options, and the result of writing one form."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAME_IN_PEFT = "default"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """An adapter directory and what is asked of it."""
+    """An adapter directory and the options of its export."""
 
     directory: Path
     base: Checkpoint
-    """The model that it is for."""
+    """The model that the adapter belongs to."""
     method: str
     dtype: torch.dtype | None
     """Type of the base model's weights in the export; None for their own."""
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(slots=True, kw_only=True)
 class Written:
-    """What one form wrote, and how it is proved."""
+    """The result of writing one form, and how it is proved."""
 
     target: str
     reference: Callable[[torch.dtype], Any]
@@ -54,7 +54,7 @@ class Written:
     """Keywords of the proof."""
     warnings: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
-    """Keys that the form adds to the result."""
+    """Keys that this form adds to the result."""
 
 
 def sites_of(base: nn.Module) -> list[Site]:
@@ -72,9 +72,9 @@ def put_saved_in(base: Any) -> Any:
 
 
 def untied_state(base: Any) -> dict[str, Tensor]:
-    """Return a model's tensors by name, each that others are tied to once.
+    """Return a model's tensors by name; tensors that are tied appear once.
 
-    Raises ExportError where the base model ties what training has parted.
+    Raises ExportError where the base model ties tensors that training has made different.
     """
     state: dict[str, Tensor] = base.state_dict()
     for name, other in (getattr(base, "all_tied_weights_keys", None) or {}).items():
@@ -98,7 +98,7 @@ def cast_base(base: Any, dtype: torch.dtype) -> Any:
 
 
 def write_own_files(source: Source, partial: Path) -> None:
-    """Write the Python files that the base model's architecture brings with it, if it has any."""
+    """Write the Python files of the base model's architecture, if it has its own."""
     for name, text in own_files(source.base.config, source.base.directory).items():
         (partial / name).write_text(text, encoding="utf-8")
 

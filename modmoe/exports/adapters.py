@@ -72,14 +72,14 @@ def export_adapter(
     approximate: bool,
     tasks: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Write an adapter directory in another form; see ``modmoe.exports.converted.export``, which has checked the words.
+    """Write an adapter directory in another form; ``modmoe.exports.converted.export`` has checked the options.
 
     Returns the keys that it names, without ``seconds``; for the dense form also ``folding``, and ``tasks`` where it is
     approximate: see ``modmoe.exports.folded``.
 
     Raises:
         ExportError: a form that cannot hold the adapter; a failed proof.
-        CheckpointError, AdapterError: the adapter or its base model is damaged or not to be had.
+        CheckpointError, AdapterError: the adapter or its base model is damaged or missing.
     """
     source = Source(
         directory=directory,
@@ -149,7 +149,7 @@ def _check(source: Source, form: str, expert: str | None, approximate: bool, tas
 
 
 def _write_tied(source: Source, writer: CheckpointWriter) -> Written:
-    """Write base model and adapters in one checkpoint that brings its code."""
+    """Write base model and adapters as one checkpoint with the code that loads it."""
     model = source.load()
     settings = model.peft_config[NAME_IN_PEFT].settings()
     base = put_saved_in(model.get_base_model())
@@ -181,18 +181,18 @@ def _write_tied(source: Source, writer: CheckpointWriter) -> Written:
 
 
 def _write_alone(source: Source, partial: Path, output: Path) -> Written:
-    """Write a clean PEFT directory: nothing of a trainer, and a base model that is still found."""
+    """Write a clean PEFT directory: without a trainer's files, and with a base model that is still found."""
     config = {**read_adapter_config(source.directory), "inference_mode": True}
     tensors, more = load_file(source.directory / ADAPTER_WEIGHTS), {}
     merged = METHODS[source.method].adapter.merges_into
     if merged is not None and int(config.get("num_experts", 1)) > 1:
-        # several adapters that are always on are one of their ranks together: fewer products, the same numbers
+        # several adapters that are always on equal one whose rank is the sum: fewer products, the same numbers
         config, tensors = _folded_to_single(source, config)
         more = {"folding": {"kind": "exact", "into": merged}}
     named, warnings = str(config["base_model_name_or_path"]), []
     found = local_base(source.directory)
     if found is not None:
-        if not os.path.isdir(named):  # it counts from the adapter's directory, which is another now
+        if not os.path.isdir(named):  # a relative path starts at the adapter's directory, which has changed
             config["base_model_name_or_path"] = os.path.relpath(found, output)
         warnings.append(
             f"the base model is named by a path, '{named}'; write its Hub id into {ADAPTER_CONFIG} before you share it."
@@ -244,7 +244,7 @@ def _write_native(source: Source, writer: CheckpointWriter, target: str, client:
     plan = expand_mixlora(model, NAME_IN_PEFT, target, source.dtype, client)
     plan.run(base_weights(model), writer)
     writer.finish(plan.config)
-    # weights are rounded once more than in the model with the adapter beside them
+    # weights are rounded once more than in the model whose adapter is separate
     options = {"options": {"experts_implementation": "eager"}, "is_rounded": True}
     return Written(
         target=str(plan.config["model_type"]),

@@ -1,7 +1,7 @@
-"""The dense export of an adapter: folded into its base model, which stays of its own architecture.
+"""The dense export of an adapter: folded into its base model, which keeps its architecture.
 
-Where the adapter is a linear map whatever the token, this is exact. Where experts are weighed token by token, it is
-done on demand with each expert's weight held at its mean over text, and what that costs is measured.
+Where the adapter is the same linear map for every token, this is exact. Where experts are weighed token by token, it is
+done on demand with each expert's weight fixed at its mean over text, and the loss that this costs is measured.
 """
 
 # Shapes: B sequences, T tokens, E experts, V vocabulary, N tokens that count
@@ -41,7 +41,7 @@ from modmoe.models.loading import load_tokenizer, own_code
 from modmoe.storage.checkpoint import CheckpointWriter
 
 TOKENS, SEQUENCE_LENGTH, BATCH_SIZE = 16384, 256, 8
-"""Of each task: tokens that the weights are averaged over, and how they are cut."""
+"""Tokens of each task that the weights are averaged over, and the length of a sequence."""
 _MOST_LOGITS = 1 << 25
 """Logits kept for the comparison of before and after."""
 
@@ -54,7 +54,7 @@ def write_folded(source: Source, writer: CheckpointWriter, *, approximate: bool,
     {before, after, tokens}}`` of mean losses over all tokens.
 
     Raises:
-        ExportError: the fold is not exact and ``approximate`` is not set, or the adapter is no linear map.
+        ExportError: the fold is not exact and ``approximate`` is not set, or the adapter is not a linear map.
         CalibrationError: a task cannot be read.
     """
     stored = _widest(source)
@@ -103,7 +103,7 @@ def write_folded(source: Source, writer: CheckpointWriter, *, approximate: bool,
                 f"{folding['max_abs_logit_diff']:.3g} at most; loss {told}."
             )
     written_type = source.dtype or base.dtype
-    merged = [base]  # handed over, so that the proof does not keep two models
+    merged = [base]  # handed over, so that the proof does not hold two models
     return Written(
         target=str(source.base.config["model_type"]),
         reference=lambda dtype: cast_base(merged.pop(), dtype),
@@ -183,7 +183,7 @@ def fold_to_single(model: Any) -> Any:
 def _fold(base: Any, weights: Mapping[str, Tensor]) -> set[str]:
     """Fold every site's adapter into the weights and take it off; return the names of the weights that changed."""
     sites = sites_of(base)
-    # torch counts the changes made in place, so nothing needs to know which weights a method folds into
+    # torch counts in-place changes of a tensor, which tells the weights that a method folded into
     versions = {name: weight._version for name, weight in base.named_parameters() if "routed_" not in name}
     for site in sites:
         adapter = _adapter_of(site)
@@ -273,7 +273,7 @@ def _read_tasks(source: Source, tasks: Mapping[str, str]) -> dict[str, list[Batc
 
 
 def _widest(source: Source) -> torch.dtype | None:
-    """Return the type to fold in where a wider one than the base model's is asked for."""
+    """Return the type to fold in, where it is wider than the base model's."""
     stored = stored_type(source.base)
     wide = source.dtype is not None and source.dtype.itemsize > stored.itemsize
     return source.dtype if wide else None

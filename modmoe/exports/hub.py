@@ -1,7 +1,7 @@
 """Pushing an export to the Hub: whole checkpoints only, in one commit, and no token in any message.
 
-The Hub's client uploads large files first, which nobody sees until a commit names them; a push is therefore there or
-not there, whatever stops it, and the next one uploads only what is missing.
+The Hub's client uploads large files first, which stay invisible until a commit names them. So a push is complete or
+absent, whatever stops it, and the next push uploads only what is missing.
 https://huggingface.co/docs/huggingface_hub/guides/upload
 """
 
@@ -42,15 +42,15 @@ from modmoe.storage.checkpoint import (
 from modmoe.storage.documents import check_files, read_object
 
 TIMEOUT_S = 120.0
-"""The longest that the Hub may say nothing within one request; its client would wait for ever."""
+"""The longest silence of the Hub within one request; its client would wait for ever."""
 _WAITS_S = (1.0, 4.0, 10.0)
-"""Before each new try of what the Hub's client does not try again itself."""
+"""Seconds before each new try of a request that the Hub's client does not repeat itself."""
 _PASSING = (408, 429, 500, 502, 503, 504)
-# the Hub's client and what it sends with
+# the Hub's client and the libraries that it sends with
 _CLIENTS = {"huggingface_hub", "hf_xet", "httpcore", "httpcore2", "httpx", "httpx2"}
-# what all errors of a request have in common, of a library whose name has changed before
+# a part of the names of all request errors; the name of their library has changed before
 _HTTPError: type[BaseException] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-# what a loader would take for the model, were it left from an earlier push of another shape
+# files of an earlier push of another form that a loader would take for the model
 _WEIGHTS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DECIDING = {SINGLE, INDEX, MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 
@@ -67,17 +67,17 @@ def push(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Upload a checkpoint to ``repo`` on the Hub, which is made if it is not there; the directory is left unchanged.
+    """Upload a checkpoint to ``repo`` on the Hub, which is created if it does not exist; the directory stays unchanged.
 
     It is one commit, which also deletes weights of an earlier push that this one does not replace.
 
     Args:
-        directory: a whole checkpoint or adapter; what trainers and editors leave beside it is not uploaded.
+        directory: a whole checkpoint or adapter; files that trainers and editors leave in it are not uploaded.
         repo: ``OWNER/NAME``.
         private: make a new repository private.
-        revision: the branch; made if it is not there.
+        revision: the branch; created if it does not exist.
         create_pr: open a pull request against the default branch.
-        dry_run: send nothing and ask nobody.
+        dry_run: send nothing, without a request.
         progress: called with a message and, where they are known, what is done and what there is in all.
 
     Returns:
@@ -88,7 +88,7 @@ def push(
 
     Raises:
         ExportError: the directory holds no whole checkpoint, a file of it is a link or holds what looks like a
-            credential, the name is none, or the Hub refuses.
+            credential, the name is not valid, or the Hub refuses.
     """
     path = Path(directory)
     say = progress or (lambda *_: None)
@@ -160,7 +160,7 @@ def explain(error: BaseException) -> str:
 
 
 class _Push:
-    """One push: the requests in their order, each tried again where that can help."""
+    """One push: its requests in order, each repeated where that can help."""
 
     def __init__(
         self,
@@ -191,12 +191,12 @@ class _Push:
         }
 
     def _repository(self) -> str:
-        """Return the repository's name as the Hub has it; it is made if it is not there."""
+        """Return the repository's name as the Hub writes it, after creating it if necessary."""
         try:
             there = _again(lambda: self.api.model_info(self.repo))
         except RepositoryNotFoundError:
             try:
-                # None leaves the owner's default; another process may make it at the same time
+                # None leaves the owner's default; another process may create the repository at the same time
                 made = _again(lambda: self.api.create_repo(self.repo, private=self.private or None, exist_ok=True))
             except KeyError:  # a conflict that is not about this repository comes without its address
                 raise ExportError(str(self.repo), "the name is taken on the Hub", "choose another") from None
@@ -226,7 +226,7 @@ class _Push:
             )
             return made, deleted
 
-        # a pull request whose answer is lost may be there, and another try would open a second one
+        # where the answer is lost the pull request may exist, and another try would open a second one
         return commit() if self.create_pr else _again(commit)
 
     def _stale(self, there: list[str]) -> list[str]:
@@ -253,9 +253,9 @@ class _Push:
 
 
 def _again(call: Callable[[], _Result]) -> _Result:
-    """Return what ``call`` returns, trying it anew after faults that pass and that nobody below has tried again."""
+    """Return the result of ``call``, repeated after temporary faults that the client does not repeat itself."""
     for wait_s in _WAITS_S:
-        # a client is rebuilt after some faults, and a new one has no limit
+        # after some faults the client is rebuilt, without the time limit
         get_session().timeout = TIMEOUT_S
         try:
             return call()
@@ -267,9 +267,9 @@ def _again(call: Callable[[], _Result]) -> _Result:
 
 
 def _passes(error: BaseException) -> bool:
-    """Return whether another try may go well and has not been made already."""
+    """Return whether another try may succeed and the client has not made it already."""
     path = str(getattr(_request(error), "url", ""))
-    # the client itself has tried uploads and what comes before them for half a minute
+    # the client itself has repeated uploads and their preparation for half a minute
     if "/preupload/" in path or ".git/info/lfs/" in path:
         return False
     status = _status(error)
@@ -297,7 +297,7 @@ def _status(error: BaseException) -> int | None:
 def _request(error: BaseException) -> Any:
     try:
         return getattr(error, "request", None) or getattr(getattr(error, "response", None), "request", None)
-    except RuntimeError:  # it is a property that may be unset
+    except RuntimeError:  # it is a property whose value may be missing
         return None
 
 
