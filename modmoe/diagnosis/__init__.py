@@ -1,1 +1,1 @@
-"""What is wrong with a checkpoint or an adapter, all of it, and how each fault is mended."""
+"""All faults of a checkpoint or an adapter, and how each of them is mended."""

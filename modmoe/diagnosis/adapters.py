@@ -1,4 +1,4 @@
-"""An adapter alone, as PEFT has it: its file, its values, and whether it fits the base model, where that is here."""
+"""An adapter alone, as PEFT writes it: its file, its values, and whether it fits a base model on this disk."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _check_fit(directory: Path, base: Path, weights: Weights, findings: Findings
             findings.note(f"{base}: is defined by Python files of its own, so names were not checked against it")
             return
         expected = _implied(directory, base)
-    except Exception as error:  # of every kind: both configurations may say anything
+    except Exception as error:  # any kind of error: both configurations may hold anything
         wrong = f"it cannot be attached to {base} ({reason_of(error)})"
         findings.fault(place, wrong, "name the base model it was made for")
         return
@@ -80,7 +80,7 @@ def _check_fit(directory: Path, base: Path, weights: Weights, findings: Findings
 
 
 def _implied(directory: Path, base: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the adapter's tensors as PEFT would save them; nothing is given memory."""
+    """Return names and shapes of the adapter's tensors as PEFT would save them; no memory is allocated."""
     import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -88,7 +88,9 @@ def _implied(directory: Path, base: Path) -> dict[str, tuple[int, ...]]:
 
     settings = PeftConfig.from_pretrained(str(directory))
     model = implied_model(base)
-    model.name_or_path = settings.base_model_name_or_path  # not that of the copy it was built from
+    model.name_or_path = (
+        settings.base_model_name_or_path
+    )  # the name that the adapter records, not that of the model built here
     with torch.device("meta"):
         state = get_peft_model_state_dict(get_peft_model(model, settings))
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""What lies beside the weights: Python files, which are read and never executed, and the tokenizer."""
+"""The files beside the weights: Python files, which are read and never executed, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_code(directory: Path, config: Mapping[str, Any], findings: Findings) -> None:
-    """Compare the Python files with those that this version writes, as text; say which it knows nothing of."""
+    """Compare the Python files with those that this version writes, as text; name those that it does not know."""
     present = {file.name: file for file in sorted(directory.glob("*.py"))}
     own: dict[str, str] = {}
     try:
@@ -67,7 +67,7 @@ def _written(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     if model_type.startswith(ADAPTED_PREFIX):
         method = METHODS.get(str(config.get("adapter_method")))
         return {} if method is None else adapter_code.code_files(method)
-    # what others are to execute is compared by itself
+    # files that other programs execute are compared one by one
     named = {key: value for key, value in config.items() if key != "auto_map"}
     with scratch_directory("doctor") as scratch:
         if model_type.startswith(PACKED_PREFIX):
@@ -75,7 +75,7 @@ def _written(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         else:
             write_code(scratch, named, directory)
         texts = {file.name: file.read_text(encoding="utf-8") for file in scratch.glob("*.py")}
-    # those of the architecture's own are copies of what is looked at
+    # the architecture's own files are copies of files that were compared
     return {name: text for name, text in texts.items() if name not in own_files(config, directory)}
 
 
@@ -109,19 +109,19 @@ def check_tokenizer(directory: Path, config: Mapping[str, Any], weights: Weights
         findings.fault(*rowless)
         return
     if any(wrong_with(file) for file in directory.glob("*token*.json")) or any(find_orders(directory, config, {})):
-        return  # told with the files; what loads a tokenizer reads config.json too
+        return  # reported with the files; loading a tokenizer reads config.json too
     check_use(directory, findings, load_tokenizer)
 
 
 def check_use(directory: Path, findings: Findings, load: Callable[[Path], Any]) -> None:
-    """Load the tokenizer that lies in a directory, and try it and its chat template out."""
+    """Load the tokenizer of a directory, and try it and its chat template."""
     try:
         tokenizer = load(directory)
     except ModmoeError as error:
         reason = str(error).removeprefix(f"{directory}: ")
         findings.fault(directory, f"has no tokenizer that can be read ({reason})", "copy the tokenizer's files there")
         return
-    except Exception as error:  # of whatever kind: the files may say anything
+    except Exception as error:  # any kind of error: the files may hold anything
         findings.fault(directory, f"its tokenizer cannot be read ({str(error)[:200]})", "fetch its files again")
         return
     findings.checked["tokens"] = len(tokenizer)

@@ -1,4 +1,4 @@
-"""What is in the tensors: their sums against the manifest, and values that are not finite."""
+"""The values of the tensors: their checksums against the manifest, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Read(NamedTuple):
 
 
 def check_manifest(directory: Path, weights: Weights, manifest: Mapping[str, Any], findings: Findings) -> set[str]:
-    """Compare names, shapes and types with the manifest's; return the tensors whose sums are worth comparing."""
+    """Compare names, shapes and types with the manifest's; return the tensors whose checksums can be compared."""
     place, fit = directory / MANIFEST, set()
     missing = [name for name in manifest if name not in weights.where and name not in weights.lost]
     if weights.is_whole:
@@ -59,7 +59,7 @@ def check_values(
     findings: Findings,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Read every tensor once: compare its sum, and look for NaN and infinities.
+    """Read every tensor once: compare its checksum, and look for NaN and infinities.
 
     ``report`` is called with the bytes read and the bytes in all.
     """
@@ -75,7 +75,7 @@ def check_values(
     def read(name: str) -> _Read:
         try:
             tensor = weights[name]
-        except Exception as error:  # of whatever kind: the file went away, or lies about itself
+        except Exception as error:  # any kind of error: the file may have gone, or its header may lie
             return _Read("", True, str(error)[:200] or type(error).__name__)
         found = _Read(tensor_sha256(tensor) if name in summed else "", is_finite(tensor), "")
         add(sizes[name])

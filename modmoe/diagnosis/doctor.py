@@ -1,4 +1,4 @@
-"""The doctor: everything that can be wrong with a directory, looked at one thing after another."""
+"""The doctor: checks for everything that can be wrong with a directory, one after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modmoe.storage.kinds.forms import find_lack, find_pointers
 
 
 def doctor(directory: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Check a checkpoint or an adapter against its manifest and its configuration; read all of it, change nothing.
+    """Check a checkpoint or an adapter against its manifest and its configuration; all is read, nothing is changed.
 
     One tensor is in memory at a time for each thread, and no code of the checkpoint is executed, whatever it is.
 
@@ -32,8 +32,8 @@ def doctor(directory: str | Path, *, progress: Progress | None = None) -> dict[s
         progress: called with a message, the bytes read and the bytes in all.
 
     Returns:
-        ``healthy``; ``faults``, each with ``place``, ``wrong`` and ``remedy``; ``notes``, lines on what is no fault;
-        ``kind`` of what it is; ``checked``, what was looked at and how much of it.
+        ``healthy``; ``faults``, each with ``place``, ``wrong`` and ``remedy``; ``notes``, lines on matters that are not
+        faults; ``kind`` of the directory; ``checked``, the checks and how much each of them covered.
 
     Raises:
         CheckpointError: there is no such directory, or nothing in it that belongs to a checkpoint.

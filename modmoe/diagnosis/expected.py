@@ -1,6 +1,6 @@
-"""The tensors that config.json implies: the model is built without memory, from classes that are known here.
+"""The tensors that config.json implies: the model is built without memory, from installed classes.
 
-No code of the checkpoint is executed: an architecture that brings its own is not built, and that is said.
+No code of the checkpoint is executed: an architecture with code of its own is not built, which the result says.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_expected(directory: Path, config: dict[str, Any], weights: Weights, fi
         with quiet():
             model = implied_model(directory)
         fit = compare(directory, model, weights.shape, weights.where)
-    except Exception as error:  # of every kind: the configuration may say anything
+    except Exception as error:  # any kind of error: the configuration may hold anything
         findings.checked["names and shapes"] = "no: config.json describes no model"
         if not any(fault.place.startswith(str(place)) for fault in findings.faults):
             findings.fault(place, f"no model can be built from it ({reason_of(error)})", _RESTORE)
@@ -64,7 +64,7 @@ def _why_not(directory: Path, config: dict[str, Any], headers: Headers) -> str:
 
 
 def _too_large(config: Mapping[str, Any], weights: Weights) -> str:
-    """Return what no tensors here can be of, before a model of that size is built."""
+    """Return why the tensors cannot be of the model that config.json describes, before such a model is built."""
     largest = max((size for name in weights.where for size in weights.shape(name)), default=0)
     text = config.get("text_config")
     try:

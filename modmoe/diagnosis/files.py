@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which are there, which can be opened, what was left over."""
+"""The files of a checkpoint: which exist, which can be opened, and leftovers of interrupted runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _BESIDE = {
     ".states": ("was left by interrupted training", "go on with `modmoe finetune ... --resume`, or delete it"),
     ".replaced": ("is an older output that an interrupted run left", "delete it"),
 }
-"""What lies beside an output only as long as a run writes it."""
+"""Endings of names that lie beside an output only while a run writes it."""
 _TEMPORARY = "shard-?????.safetensors"
-"""Name of a shard until all of them are written."""
+"""The name of a shard until all shards are written."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Weights:
 
 
 def read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
-    """Return a JSON file's object; None, and a fault, where it is none."""
+    """Return a JSON file's object; None, and a fault, where there is none."""
     wrong = wrong_with(path)
     if wrong is not None:
         findings.fault(path, *wrong)
@@ -105,7 +105,7 @@ def open_weights(directory: Path, findings: Findings) -> Weights:
 
 
 def _open_shards(directory: Path, weights: Weights, findings: Findings) -> set[str]:
-    """Open what the index names; return the names of those files."""
+    """Open the files that the index names; return their names."""
     index = directory / INDEX
     value = read_json(index, findings)
     weight_map = (value or {}).get("weight_map")
@@ -168,7 +168,7 @@ def open_file(path: Path, weights: Weights, findings: Findings) -> bool:
 
 
 def _how_cut(path: Path) -> str:
-    """Return that a safetensors file is shorter than its header says, if so."""
+    """Return in words that a safetensors file is shorter than its header says; empty where it is not."""
     try:
         with path.open("rb") as handle:
             size_bytes = os.fstat(handle.fileno()).st_size
@@ -195,7 +195,7 @@ def check_leftovers(directory: Path, findings: Findings) -> None:
         findings.note(f"{path}: a run is writing it anew now")
     else:
         for end, (wrong, remedy) in _BESIDE.items():
-            # what has no mark is the user's own, whatever it is called
+            # a directory without the mark is the user's, whatever its name
             if is_marked(path.with_name(path.name + end)):
                 findings.fault(path.with_name(path.name + end), wrong, remedy)
     for file in itertools.chain(*(sorted(directory.glob(pattern)) for pattern in (*_UNFINISHED, _TEMPORARY))):
@@ -210,7 +210,7 @@ def check_leftovers(directory: Path, findings: Findings) -> None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Return whether a run that is alive holds the lock on its mark."""
+    """Return whether a running process holds the lock on the mark."""
     try:
         handle = os.open(lock, os.O_RDWR)
     except OSError:

@@ -1,4 +1,4 @@
-"""What was found: faults, each with its place and its remedy, notes, and what was checked."""
+"""Findings: faults, each with its place and its remedy, notes, and a list of the checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong."""
+    """One fault."""
 
     place: str
-    """The file, and where there is one the tensor or the key in it."""
+    """The file, with the tensor or the key in it where there is one."""
     wrong: str
-    """What is wrong there."""
+    """What is wrong at the place."""
     remedy: str
-    """How it is mended."""
+    """The remedy."""
 
     def __str__(self) -> str:
         """Return the one line that a user reads."""
@@ -30,18 +30,18 @@ class Findings:
 
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What a user should know that is no fault, one line each."""
+    """Remarks that are not faults, one line each."""
     checked: dict[str, Any] = field(default_factory=dict)
-    """What was looked at, and how much of it; ``no: why`` where it could not be."""
+    """Each check and how much it covered; ``no: why`` where it could not be made."""
     told: set[str] = field(default_factory=set)
-    """Tensors whose name or shape is known to be wrong, so that it is not said twice."""
+    """Tensors whose name or shape was reported, so that no fault is reported twice."""
 
     def fault(self, place: object, wrong: str, remedy: str) -> None:
-        """Add a fault; strings of the checkpoint are given as they are, and cut where they are endless."""
+        """Add a fault; strings of the checkpoint are passed as they are and shortened here."""
         self.faults.append(Fault(*(_one_line(str(text)) for text in (place, wrong, remedy))))
 
     def fault_of_error(self, place: object, error: Exception, remedy: str) -> None:
-        """Add what an error says; its own remedy, behind the last semicolon, wins over ``remedy``."""
+        """Add an error as a fault; the error's own remedy wins over ``remedy``."""
         text = " ".join(str(error).split()).removeprefix(f"{place}: ").rstrip(".") or type(error).__name__
         wrong, _, own = text.rpartition("; ")
         self.fault(place, wrong or text, own if wrong else remedy)

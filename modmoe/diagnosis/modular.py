@@ -1,4 +1,4 @@
-"""What holds inside a tied or packed checkpoint: its fields fit together, and its tables of modules fit the fields."""
+"""Checks inside a tied or packed checkpoint: its fields fit together, and its tables of modules fit the fields."""
 
 # Shapes: E experts, S modules stored by the layer, R modules of an expert
 
@@ -54,7 +54,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _misfits(config: dict[str, Any], fields: Mapping[str, Any], stored: list[int]) -> Iterator[tuple[str, str]]:
-    """Yield a key and what does not fit, one a fault."""
+    """Yield a key and the problem with it, one for each fault."""
     modules, size, experts = fields["num_modules"], fields["module_size"], fields["num_experts"]
     neurons, names, per_expert = fields.get("dense_intermediate_size"), fields.get("expert_names"), None
     if modules * size != neurons:
@@ -71,7 +71,7 @@ def _misfits(config: dict[str, Any], fields: Mapping[str, Any], stored: list[int
     try:
         layers = layers_of(config)
     except ModmoeError:
-        layers = len(stored)  # told where the model is built
+        layers = len(stored)  # reported where the model is built
     if layers != len(stored):
         yield "stored_modules", f"is of {len(stored)} layers, and the model has {layers}"
     if names is not None and (
@@ -94,7 +94,7 @@ def _check_layer(
     prefix = prefix_of(config, layer)
     name = next((prefix + end for end in ("membership", "router.membership") if prefix + end in weights.where), None)
     if name is None:
-        return  # told where names are checked
+        return  # reported where names are checked
     place, experts = f"{directory / weights.where[name]}: '{name}'", int(config["num_experts"])
     if weights.shape(name) != (experts, stored):
         wrong = f"has shape {list(weights.shape(name))}, and config.json says {experts} experts of {stored} modules"

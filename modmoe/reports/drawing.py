@@ -1,6 +1,6 @@
-"""What the plots of the report have in common: colours, names, margins, and an SVG element that fits into the page.
+"""Parts that all plots of the report share: colours, names, margins, and an SVG element that fits into the page.
 
-Beside its SVG a plot carries what lies where in it, so that the page can tell values to a pointer and to the keyboard.
+Beside its SVG a plot carries the places of its values, so that the page can show them to a pointer and the keyboard.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 PALETTE = ("#3b7dd8", "#e07b1a", "#2a9d6f", "#c456a6", "#d1495b", "#1b9aaa", "#7d5fd3", "#8f8a1e")
-"""One colour a task or an expert; of middling lightness, since they lie on white and on black."""
+"""One colour for each task or expert, of medium lightness, since it lies on white and on black."""
 HOLDERS = ("#7a828e", "#3b7dd8", "#e07b1a")
 """Colours of a module that every expert has, that some have, that one has."""
 WIDTH_INCHES = 4.3
@@ -38,7 +38,7 @@ _LABEL_CHARACTERS = 16
 
 @dataclass(slots=True, eq=False)
 class Canvas:
-    """A figure under way, and what will be told of it."""
+    """An unfinished figure, and the values that the page will show of it."""
 
     figure: Figure
     marks: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The parts of an HTML page that needs nothing beside itself. Every string that is handed in is escaped here."""
+"""The parts of an HTML page that needs no other file. Every string that is passed in is escaped here."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ select:focus-visible, svg:focus-visible { outline: 2px solid var(--accent); outl
 """
 )
 _DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-# the browser itself sees to it that nothing is fetched, and that no script runs but this one
+# this policy makes the browser fetch nothing and run no other script
 _POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_DIGEST}'"
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file, complete in itself, that shows what was measured and what was made of it."""
+"""The report: one self-contained HTML file with the measurements of a run and its result."""
 
 # Shapes: P tasks, E experts, M modules, F neurons, m neurons of a module
 
@@ -57,17 +57,17 @@ def write_report(
 
     Args:
         path: the HTML file.
-        recipe: what was asked for.
-        analysis: what calibration found.
+        recipe: the settings of the run.
+        analysis: the result of calibration.
         assignments: one a layer, where experts were made.
         summary: what a conversion returned; its ``parameters``, ``sparsity`` and ``routers`` are shown.
         evaluation: model to task to loss, or to a mapping that has ``loss``; as dense, converted, fine-tuned.
         samples: task to model to text; a model named ``prompt`` is shown as the prompt.
         routing: what the routers of the converted model do with text.
-        tuned: the same once it was fine-tuned, of the same text.
+        tuned: the same of the fine-tuned model, on the same text.
         overwrite: replace an older report.
 
-    Raises RecipeError where something else than a report lies there.
+    Raises RecipeError where the file is something other than a report.
     """
     tasks = list(analysis.profiles[0].task_names)
     names = assignments[0].expert_names if assignments else ()

@@ -1,4 +1,4 @@
-"""The report's part on rows: what was read of each task, and its first row as the model reads it."""
+"""The report's section on rows: how many of each task were read, and the first row as the model reads it."""
 
 from __future__ import annotations
 

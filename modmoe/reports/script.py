@@ -1,4 +1,4 @@
-"""The report's script: pickers, and values told to a pointer and to the keyboard. Without it all is still there."""
+"""The report's script: pickers, and values for a pointer and the keyboard. Without it the page still has everything."""
 
 SCRIPT = r"""
 "use strict";
