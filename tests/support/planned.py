@@ -8,15 +8,17 @@ from typing import Any
 import torch
 
 from modmoe.analysis.partitions.table import Partition
+from modmoe.analysis.source import Source
 from modmoe.conversion.modular.assignment import Assignment
 from modmoe.conversion.modular.layerwise import LayerFit
 from modmoe.conversion.modular.plan import modular_plan
 from modmoe.conversion.modular.routers import RouterStart
 from modmoe.formats.tied_code import write_code
 from modmoe.models.families import FAMILIES, layers_of, neurons_of
-from modmoe.models.loading import dense_classes, load
+from modmoe.models.loading import load
+from modmoe.models.opened import OpenedModel
 from modmoe.recipe.schema import make_recipe
-from modmoe.storage.checkpoint import Checkpoint, CheckpointWriter, copy_companions
+from modmoe.storage.checkpoint import CheckpointWriter, copy_companions
 from tests.support.tiny import dense_config, save_dense
 
 NUM_MODULES = 8
@@ -44,9 +46,8 @@ def write_tied(
     """
     defaults = {} if dense else dense_config(model_type, **(changes or {})).to_dict()
     dense = dense or save_dense(directory / "dense", model_type, **(changes or {}))
-    source = Checkpoint(dense)
-    family = FAMILIES[model_type]
-    settings = {**defaults, **source.config}
+    model, family = OpenedModel(dense), FAMILIES[model_type]
+    source, settings = model.checkpoint, {**defaults, **model.checkpoint.config}
     num_modules = NUM_MODULES if members_EM is None else members_EM.shape[1]
     source.add_prefix(family.layers)
     draw = torch.Generator().manual_seed(seed)
@@ -61,9 +62,11 @@ def write_tied(
         names = EXPERTS if members_EM is None else tuple(f"expert{number}" for number in range(len(members_EM)))
         assignments.append(Assignment(drawn_EM, names))
         starts.append(_start(len(drawn_EM), width, recipe.router.kind, recipe.router.routing, means, draw))
-    classes = dense_classes(dense, trust_remote_code=False)
+    opened = Source(model, family, layers_of(settings), neurons)
     fits = [LayerFit(assignment, start) for assignment, start in zip(assignments, starts, strict=True)]
-    plan = modular_plan(source, family, recipe, partitions, fits, classes, settings)
+    plan = modular_plan(
+        opened, recipe.router, partitions, fits, shared_modules=recipe.assignment.shared_modules, method=recipe.method
+    )
     plan.check(source)
     tied = directory / "tied"
     tied.mkdir()

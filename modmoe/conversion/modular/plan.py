@@ -14,45 +14,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modmoe.analysis.partitions.table import Partition
-from modmoe.conversion.modular.assignment import Assignment, seriate
+from modmoe.analysis.source import Source
+from modmoe.conversion.modular.assignment import seriate
 from modmoe.conversion.modular.layerwise import LayerFit
-from modmoe.conversion.modular.routers import RouterStart
 from modmoe.models.families import Family, neurons_of
 from modmoe.models.ffn_layout import dense_layout, neuron_ops, plain_layout
-from modmoe.models.loading import DenseClasses
-from modmoe.recipe.schema import Recipe
-from modmoe.storage.checkpoint import Checkpoint
+from modmoe.recipe.schema import RouterRecipe
 from modmoe.storage.plan import Const, Copy, Op, Plan
 from modmoe.version import __version__
 
 
 def modular_plan(
-    source: Checkpoint,
-    family: Family,
-    recipe: Recipe,
+    opened: Source,
+    router: RouterRecipe,
     partitions: Sequence[Partition],
     fits: Sequence[LayerFit],
-    classes: DenseClasses,
-    settings: Mapping[str, Any],
+    *,
+    shared_modules: int,
+    method: str,
 ) -> Plan:
     """Return the plan of the tied checkpoint; reads headers only.
 
     Args:
-        source: the dense checkpoint.
-        family: its row.
-        recipe: what was asked for.
-        partitions: one a layer.
-        fits: one a layer: the experts over the partition's modules, the router to begin with, and repairs.
-        classes: the dense architecture's.
-        settings: the dense configuration with its defaults filled in; config.json may leave them out.
+        opened: the dense model.
+        router: how the model chooses.
+        partitions: one for each layer.
+        fits: one for each layer: the experts over the partition's modules, the router to begin with, and repairs.
+        shared_modules: modules that every expert has by the recipe.
+        method: the conversion's name, which the configuration records.
     """
+    source, family = opened.checkpoint, opened.family
     orders = [seriate(fit.assignment.membership_EM) for fit in fits]
     ops: dict[str, Op] = {}
     replaced: set[str] = set()
@@ -78,7 +76,7 @@ def modular_plan(
         ops.update(layer_ops)
     kept: dict[str, Op] = {_kept_name(name, family): Copy(name) for name in source if name not in replaced}
     config = copy.deepcopy(source.config)
-    config.update(_fields(source, family, recipe, partitions[0], fits[0].assignment, fits[0].start, classes, settings))
+    config.update(_fields(opened, router, partitions[0], fits[0], shared_modules, method))
     config["left_out_means"] = has_constant
     config["stored_modules"] = [len(order_S) for order_S in orders]
     return Plan(config, {**kept, **ops}, frozenset(dropped))
@@ -116,15 +114,10 @@ def _router_ops(target: str, fit: LayerFit, order_S: Tensor, dtype: torch.dtype,
 
 
 def _fields(
-    source: Checkpoint,
-    family: Family,
-    recipe: Recipe,
-    partition: Partition,
-    assignment: Assignment,
-    start: RouterStart,
-    classes: DenseClasses,
-    settings: Mapping[str, Any],
+    opened: Source, router: RouterRecipe, partition: Partition, fit: LayerFit, shared_modules: int, method: str
 ) -> dict[str, Any]:
+    source, family, settings, classes = opened.checkpoint, opened.family, opened.settings, opened.model.classes
+    assignment, start = fit.assignment, fit.start
     auto_map = {
         "AutoConfig": f"configuration_modmoe.ModMoE{classes.config.__name__}",
         "AutoModelForCausalLM": f"modeling_modmoe.ModMoE{classes.causal_lm.__name__}",
@@ -139,16 +132,16 @@ def _fields(
         "num_modules": partition.num_modules,
         "module_size": partition.module_size,
         "num_experts": len(assignment.expert_names),
-        "num_experts_per_tok": recipe.router.top_k,
+        "num_experts_per_tok": router.top_k,
         "expert_names": list(assignment.expert_names),
         "modules_per_expert": assignment.modules_per_expert,
-        "shared_modules": recipe.assignment.shared_modules,
-        "routing": recipe.router.routing,
-        "combine": recipe.router.combine,
-        "routing_chunk": recipe.router.routing_chunk,
-        "router_kind": recipe.router.kind,
+        "shared_modules": shared_modules,
+        "routing": router.routing,
+        "combine": router.combine,
+        "routing_chunk": router.routing_chunk,
+        "router_kind": router.kind,
         "router_hidden": 0 if start.hidden_HD is None else start.hidden_HD.shape[0],
-        "compensation": recipe.router.compensation,
+        "compensation": router.compensation,
         "default_expert": None,
         "ffn_layers": family.layers,
         "ffn_path": family.ffn,
@@ -159,6 +152,6 @@ def _fields(
         "ffn_dropout": float(settings[family.dropout]) if family.dropout else 0.0,
         "dense_intermediate_size": neurons_of(settings, family),
         "dense_config": {**dense, "family": {**dataclasses.asdict(family), "bypass": list(family.bypass)}},
-        "modmoe_method": recipe.method,
+        "modmoe_method": method,
         "modmoe_version": __version__,
     }

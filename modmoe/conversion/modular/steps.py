@@ -52,8 +52,9 @@ def make(recipe: Recipe, source: Source, directory: Path, progress: Progress) ->
         fits = [LayerFit(assignment, start) for assignment, start in zip(assignments, starts, strict=True)]
     if not ranks.is_first():
         return None
+    shared_modules = recipe.assignment.shared_modules
     plan = modular_plan(
-        source.checkpoint, source.family, recipe, analysis.partitions, fits, source.model.classes, source.settings
+        source, recipe.router, analysis.partitions, fits, shared_modules=shared_modules, method=recipe.method
     )
 
     def write(output: Path) -> None:
